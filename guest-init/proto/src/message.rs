@@ -1,0 +1,307 @@
+//! Messages: requests of the host, answers and events of the guest.
+//!
+//! The host opens a connection, the guest greets, then requests and replies alternate. A connection that created a
+//! container or a process owns it: its streams flow there, its exit is told there, and losing the connection kills
+//! it. In and out: JSON bodies of [`crate::Frame::Message`].
+
+use oci_spec::runtime::Process;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::path::PathBuf;
+
+use crate::frame::{Frame, MAX_MESSAGE};
+
+/// The guest's first words on every connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Greeting {
+    /// [`crate::VERSION`] of the guest.
+    pub version: u16,
+    /// The guest kernel's release, as `uname -r` says it.
+    pub kernel: String,
+    /// Microseconds since the guest kernel started.
+    pub uptime_us: u64,
+}
+
+/// What the host asks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum Request {
+    /// Build a container up to the point where its process could start. The connection owns it from here on.
+    Create(Box<Container>),
+    /// Let the created container's process run.
+    Start {
+        /// Container id.
+        container: String,
+    },
+    /// Run one more process in a container. The connection owns it.
+    Exec {
+        /// Container id.
+        container: String,
+        /// The whole process; nothing is inherited from the container's own.
+        process: Box<Process>,
+    },
+    /// Send a signal.
+    Signal {
+        /// Container id.
+        container: String,
+        /// Signal number, 1 to 64 (0 probes).
+        signal: i32,
+        /// To which of the container's processes.
+        target: Target,
+    },
+    /// The container's processes, as the guest numbers them.
+    Processes {
+        /// Container id.
+        container: String,
+    },
+    /// The owner has taken note of its process's exit; the guest may forget it.
+    Acknowledge,
+}
+
+/// Which processes a signal is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Target {
+    /// The container's first process.
+    Init,
+    /// Every process of the container.
+    All,
+    /// The process this connection owns.
+    Own,
+}
+
+/// A container as guest-init builds it: results of the host's plan, not config.json.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Container {
+    /// Container id.
+    pub id: String,
+    /// Its root file system, below the exported tree's root.
+    pub rootfs: PathBuf,
+    /// Whether the root is remounted read-only once all mount points exist.
+    pub readonly: bool,
+    /// UTS host name, if any was given.
+    pub hostname: Option<String>,
+    /// UTS domain name, if any was given.
+    pub domainname: Option<String>,
+    /// Mounts in the order of config.json.
+    pub mounts: Vec<Mount>,
+    /// Its cgroup's limits: file of cgroup v2 and the value to write.
+    pub limits: Vec<(String, String)>,
+    /// Paths hidden from the container.
+    pub masked_paths: Vec<PathBuf>,
+    /// Paths made read-only in the container.
+    pub readonly_paths: Vec<PathBuf>,
+    /// The container's first process.
+    pub process: Process,
+}
+
+/// One mount of a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mount {
+    /// Where, inside the container.
+    pub destination: PathBuf,
+    /// What.
+    pub source: Source,
+    /// `MOUNT_ATTR_*` bits to set (mount_setattr(2)).
+    pub attributes: u64,
+}
+
+/// What is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum Source {
+    /// A place in the exported tree, below its root.
+    Export(PathBuf),
+    /// A file system of the guest's own.
+    FileSystem {
+        /// Type as the kernel knows it.
+        kind: String,
+        /// The name shown as its source.
+        name: String,
+        /// `key=value` and flag options for fsconfig(2).
+        options: Vec<String>,
+    },
+}
+
+/// How a request went.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// It was done.
+    Done,
+    /// The answer to [`Request::Processes`].
+    Processes(Vec<ProcessInfo>),
+    /// No such container, or the connection owns no process.
+    NotFound,
+    /// The process has ended already; nothing was done.
+    AlreadyExited,
+    /// The request does not fit the container's present state.
+    Busy {
+        /// Which state that is.
+        reason: String,
+    },
+    /// It could not be done.
+    Failed {
+        /// Why, as one line.
+        text: String,
+    },
+}
+
+/// A process inside a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessInfo {
+    /// Pid in the container's own pid namespace.
+    pub pid: i32,
+    /// Parent's pid there; 0 for a process that came from outside.
+    pub ppid: i32,
+    /// Real user id.
+    pub uid: u32,
+    /// Command line, or the thread name where it is empty.
+    pub command: String,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitStatus {
+    /// It called exit with this status.
+    Code(u8),
+    /// This signal killed it.
+    Signal(u8),
+}
+
+impl ExitStatus {
+    /// The status as a shell shows it: the code, or 128 plus the signal.
+    pub fn code(self) -> i32 {
+        match self {
+            ExitStatus::Code(code) => code.into(),
+            ExitStatus::Signal(signal) => 128 + i32::from(signal),
+        }
+    }
+}
+
+/// What the guest says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub enum Reply {
+    /// First on every connection.
+    Greeting(Greeting),
+    /// To the last request.
+    Outcome(Outcome),
+    /// The connection's own process has ended, and all its output was sent before this.
+    Exited(ExitStatus),
+}
+
+/// Packs a message into a frame. Fails only for one that is too long to send.
+pub fn pack<T: Serialize>(message: &T) -> Result<Frame, String> {
+    let body = serde_json::to_vec(message).map_err(|e| e.to_string())?;
+    if body.len() > MAX_MESSAGE {
+        return Err(format!("message of {} bytes is over the limit of {MAX_MESSAGE}", body.len()));
+    }
+    Ok(Frame::Message(body))
+}
+
+/// Unpacks a message frame's body.
+pub fn unpack<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
+    serde_json::from_slice(body).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn container() -> Container {
+        Container {
+            id: "c1".into(),
+            rootfs: "c/rootfs".into(),
+            readonly: true,
+            hostname: Some("box".into()),
+            domainname: None,
+            mounts: vec![
+                Mount {
+                    destination: "/proc".into(),
+                    source: Source::FileSystem {
+                        kind: "proc".into(),
+                        name: "proc".into(),
+                        options: vec!["hidepid=2".into()],
+                    },
+                    attributes: 6,
+                },
+                Mount {
+                    destination: "/etc/hosts".into(),
+                    source: Source::Export("c/1".into()),
+                    attributes: 0,
+                },
+            ],
+            limits: vec![("pids.max".into(), "64".into())],
+            masked_paths: vec!["/proc/kcore".into()],
+            readonly_paths: vec![],
+            process: Process::default(),
+        }
+    }
+
+    fn round_trip<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(value: T) {
+        let Frame::Message(body) = pack(&value).unwrap() else { panic!("not a message") };
+        assert_eq!(unpack::<T>(&body).unwrap(), value);
+    }
+
+    #[test]
+    fn every_request_survives_the_wire() {
+        let id = || "c1".to_string();
+        round_trip(Request::Create(Box::new(container())));
+        round_trip(Request::Start { container: id() });
+        round_trip(Request::Exec { container: id(), process: Box::default() });
+        round_trip(Request::Signal { container: id(), signal: 15, target: Target::All });
+        round_trip(Request::Processes { container: id() });
+        round_trip(Request::Acknowledge);
+    }
+
+    #[test]
+    fn every_reply_survives_the_wire() {
+        round_trip(Reply::Greeting(Greeting { version: 1, kernel: "6.12".into(), uptime_us: 5 }));
+        for outcome in [
+            Outcome::Done,
+            Outcome::Processes(vec![ProcessInfo { pid: 1, ppid: 0, uid: 0, command: "sh".into() }]),
+            Outcome::NotFound,
+            Outcome::AlreadyExited,
+            Outcome::Busy { reason: "created".into() },
+            Outcome::Failed { text: "no".into() },
+        ] {
+            round_trip(Reply::Outcome(outcome));
+        }
+        round_trip(Reply::Exited(ExitStatus::Code(42)));
+        round_trip(Reply::Exited(ExitStatus::Signal(9)));
+    }
+
+    #[test]
+    fn unknown_variants_fields_and_garbage_are_errors() {
+        for body in [
+            &br#"{"Destroy":{}}"#[..],
+            br#"{"Start":{"container":"a","now":true}}"#,
+            br#"{"Signal":{"container":"a","signal":"TERM","target":"Init"}}"#,
+            br#"{"Start":"#,
+            b"\xff\xfe",
+            b"",
+        ] {
+            assert!(unpack::<Request>(body).is_err(), "{}", String::from_utf8_lossy(body));
+        }
+        assert!(unpack::<Reply>(br#"{"Exited":{"Code":256}}"#).is_err());
+        assert!(unpack::<Reply>(br#"{"Greeting":{"version":70000,"kernel":"","uptime_us":0}}"#).is_err());
+    }
+
+    #[test]
+    fn deeply_nested_json_is_refused_not_recursed_into() {
+        let bomb = "[".repeat(100_000);
+        assert!(unpack::<Request>(bomb.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn a_message_over_the_limit_is_not_packed() {
+        let request = Request::Start { container: "x".repeat(MAX_MESSAGE) };
+        assert!(pack(&request).unwrap_err().contains("over the limit"));
+    }
+
+    #[test]
+    fn status_follows_the_shell() {
+        assert_eq!(ExitStatus::Code(42).code(), 42);
+        assert_eq!(ExitStatus::Signal(9).code(), 137);
+    }
+}

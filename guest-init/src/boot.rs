@@ -1,0 +1,101 @@
+//! What pid 1 does once: control port, kernel file systems, loopback, cgroup controllers; and the reset at the end.
+
+use std::convert::Infallible;
+use std::fs;
+use std::os::fd::OwnedFd;
+
+use anyhow::{Context, Result};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+
+/// Root of the guest's cgroup v2 hierarchy.
+pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// Opens the control port. First of all, so that the host's connection meets a listener as early as can be.
+#[cfg(not(feature = "local"))]
+pub fn listen() -> Result<OwnedFd> {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, listen, socket};
+    use std::os::fd::AsRawFd;
+
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Vsock, SockType::Stream, flags, None).context("vsock socket")?;
+    grow_buffers(&fd);
+    bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, a3s_box_proto::CONTROL_PORT)).context("bind control port")?;
+    listen(&fd, Backlog::new(128).context("backlog")?).context("listen on control port")?;
+    Ok(fd)
+}
+
+/// Kernels from 6.12.92 drop a connection when many small packets exceed its buffer (libkrun issue 795).
+#[cfg(not(feature = "local"))]
+fn grow_buffers(fd: &OwnedFd) {
+    use std::os::fd::AsRawFd;
+    // linux/vm_sockets.h: the maximum first, it bounds the size.
+    const SO_VM_SOCKETS_BUFFER_SIZE: libc::c_int = 0;
+    const SO_VM_SOCKETS_BUFFER_MAX_SIZE: libc::c_int = 2;
+    let size: u64 = 8 << 20;
+    for option in [SO_VM_SOCKETS_BUFFER_MAX_SIZE, SO_VM_SOCKETS_BUFFER_SIZE] {
+        // SAFETY: the option value is a u64 that outlives the call, and its length is given.
+        unsafe {
+            libc::setsockopt(fd.as_raw_fd(), libc::AF_VSOCK, option, (&raw const size).cast(), 8);
+        }
+    }
+}
+
+/// Takes the listener that the test backend left at descriptor 3.
+#[cfg(feature = "local")]
+pub fn listen() -> Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the backend that starts this process hands over descriptor 3, and nothing else uses it.
+    let fd = unsafe { OwnedFd::from_raw_fd(3) };
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).context("listener")?;
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC)).context("listener")?;
+    Ok(fd)
+}
+
+/// Mounts what the kernel offers, brings loopback up, hands the cgroup controllers down.
+pub fn prepare() -> Result<()> {
+    let hardened = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount_one("proc", "/proc", hardened)?;
+    mount_one("sysfs", "/sys", hardened)?;
+    if fs::metadata("/dev/null").is_err() {
+        mount_one("devtmpfs", "/dev", MsFlags::MS_NOSUID)?;
+    }
+    mount_one("cgroup2", CGROUP_ROOT, hardened)?;
+    delegate_controllers(CGROUP_ROOT);
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    loopback_up().context("bring lo up")
+}
+
+fn mount_one(kind: &str, target: &str, flags: MsFlags) -> Result<()> {
+    mount(Some(kind), target, Some(kind), flags, None::<&str>).with_context(|| format!("mount {kind} on {target}"))
+}
+
+/// Makes every controller of `cgroup` available to its children; a kernel without one simply lacks it.
+pub fn delegate_controllers(cgroup: &str) {
+    let available = fs::read_to_string(format!("{cgroup}/cgroup.controllers")).unwrap_or_default();
+    for controller in available.split_whitespace() {
+        // Best effort by design: a container's limits are checked where they are set.
+        let _ = fs::write(format!("{cgroup}/cgroup.subtree_control"), format!("+{controller}"));
+    }
+}
+
+fn loopback_up() -> Result<()> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    use std::os::fd::AsRawFd;
+    let fd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    // SAFETY: ifreq is plain data, for which zero is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads one ifreq, which lives until after the call.
+    nix::errno::Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) })?;
+    Ok(())
+}
+
+/// Ends the VM. A reset is the one way that libkrun notices: it has no power-off device.
+pub fn reset() -> ! {
+    nix::unistd::sync();
+    let result: nix::Result<Infallible> = reboot(RebootMode::RB_AUTOBOOT);
+    // Only a lack of privilege gets here, which pid 1 of a VM does not have.
+    panic!("reset failed: {result:?}");
+}

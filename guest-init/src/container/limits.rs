@@ -1,0 +1,68 @@
+//! A container's cgroup in the guest: made, limited, joined, listed, removed.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use nix::unistd::Pid;
+
+use crate::boot::CGROUP_ROOT;
+
+/// A cgroup v2 directory of one container.
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes it below the guest's root cgroup and writes its limits.
+    pub fn create(id: &str, limits: &[(String, String)]) -> Result<Self> {
+        let path = PathBuf::from(CGROUP_ROOT).join(id);
+        fs::create_dir(&path).with_context(|| format!("make the guest's cgroup {id}"))?;
+        let cgroup = Cgroup { path };
+        for (file, value) in limits {
+            if let Err(error) = fs::write(cgroup.path.join(file), value) {
+                cgroup.remove();
+                return Err(error).with_context(|| format!("set {file} to {value} in the guest"));
+            }
+        }
+        Ok(cgroup)
+    }
+
+    /// A descriptor through which a process can [`join`] from any mount namespace.
+    pub fn door(&self) -> Result<File> {
+        let procs = self.path.join("cgroup.procs");
+        File::options().write(true).open(procs).context("open the container's cgroup in the guest")
+    }
+
+    /// The processes in it and below it, as pid 1 of the VM numbers them.
+    pub fn pids(&self) -> Vec<Pid> {
+        let mut pids = Vec::new();
+        let mut dirs = vec![self.path.clone()];
+        while let Some(dir) = dirs.pop() {
+            let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+            pids.extend(procs.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw));
+            dirs.extend(children(&dir));
+        }
+        pids
+    }
+
+    /// Removes it with whatever cgroups the container made below.
+    pub fn remove(&self) {
+        fn prune(dir: &PathBuf) {
+            children(dir).iter().for_each(prune);
+            let _ = fs::remove_dir(dir);
+        }
+        prune(&self.path);
+    }
+}
+
+/// Moves the calling process into the cgroup that the descriptor belongs to.
+pub fn join(mut door: &File) -> Result<()> {
+    door.write_all(b"0").context("join the container's cgroup in the guest")
+}
+
+fn children(dir: &PathBuf) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|t| t.is_dir())).map(|entry| entry.path()).collect()
+}

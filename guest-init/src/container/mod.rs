@@ -1,0 +1,222 @@
+//! One container of the guest: its first process, further ones, its state.
+//!
+//! In: a planned container or process. Out: a child that builds itself and reports on its status pipe. Must not: do
+//! in pid 1 what could block; every mount and every look into the container's files happens in the child.
+
+mod limits;
+
+use std::os::fd::OwnedFd;
+
+use a3s_box_proto::{self as proto, ProcessInfo};
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::unistd::{Pid, pipe2};
+use oci_spec::runtime::Process;
+
+use crate::process::{Pipes, Side, arrange, become_workload, fork, leave};
+use crate::stdio::{self, Stdio};
+use limits::Cgroup;
+
+/// Namespaces that every container has of its own.
+const NAMESPACES: libc::c_int =
+    libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+
+/// How far a container has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Its first process is still building.
+    Creating,
+    /// Its first process waits for the start.
+    Created,
+    /// Its first process runs the workload.
+    Running,
+    /// Its first process has ended.
+    Stopped,
+}
+
+/// A container.
+pub struct Container {
+    /// Its first process, as pid 1 of the VM sees it.
+    pub init: Pid,
+    /// Where it stands.
+    pub state: State,
+    gate: Option<OwnedFd>,
+    pidfd: OwnedFd,
+    cgroup: Cgroup,
+}
+
+/// A process just cloned: who it is, its streams, and the pipe on which it tells how it goes.
+pub struct Born {
+    /// Its pid, as pid 1 of the VM sees it.
+    pub pid: Pid,
+    /// Our ends of its streams.
+    pub stdio: Stdio,
+    /// Its story: `R`, `E…` or silence until execve.
+    pub status: OwnedFd,
+}
+
+/// Clones the first process of a container into namespaces of its own; there it builds the rest.
+pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
+    let cgroup = Cgroup::create(&spec.id, &spec.limits)?;
+    let (stdio, ends) = stdio::pipes()?;
+    let (status, child_status) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
+    let (child_gate, gate) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
+    let pid = match fork(NAMESPACES)? {
+        Side::Parent(pid) => pid,
+        Side::Child => {
+            let story = arrange(ends, Pipes { status: child_status, gate: Some(child_gate) });
+            match build(spec, &cgroup) {
+                Ok(()) => become_workload(&spec.process, story, true),
+                Err(error) => story.fail(&error),
+            }
+        }
+    };
+    let container =
+        Container { init: pid, state: State::Creating, gate: Some(gate), pidfd: pidfd_open(pid)?, cgroup };
+    Ok((container, Born { pid, stdio, status }))
+}
+
+fn build(spec: &proto::Container, cgroup: &Cgroup) -> Result<()> {
+    limits::join(&cgroup.door()?)?;
+    // After joining, so that the container's cgroup is the root that it sees.
+    unshare(CloneFlags::CLONE_NEWCGROUP).context("cgroup namespace")?;
+    if let Some(hostname) = &spec.hostname {
+        nix::unistd::sethostname(hostname).context("hostname")?;
+    }
+    if let Some(domainname) = &spec.domainname {
+        std::fs::write("/proc/sys/kernel/domainname", domainname).context("domainname")?;
+    }
+    crate::rootfs::enter(spec)
+}
+
+impl Container {
+    /// Opens the gate before execve.
+    pub fn start(&mut self) -> Result<()> {
+        let gate = self.gate.take().context("the container was started before")?;
+        nix::unistd::write(&gate, b"s").context("open the gate")?;
+        Ok(())
+    }
+
+    /// Clones a further process into the container.
+    pub fn exec(&self, process: &Process) -> Result<Born> {
+        let (stdio, ends) = stdio::pipes()?;
+        let (status, child_status) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
+        let (pid_in, pid_out) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
+        let Side::Parent(helper) = fork(0)? else {
+            // Entering a pid namespace takes effect for children only: the helper clones a sibling of its own.
+            // It stays out of the container's cgroup, where a freezer could hold it and pid 1 with it.
+            let error = match self.cgroup.door().and_then(|door| Ok((door, self.enter()?, fork(libc::CLONE_PARENT)?))) {
+                Ok((door, (), Side::Child)) => {
+                    let joined = limits::join(&door);
+                    let story = arrange(ends, Pipes { status: child_status, gate: None });
+                    match joined {
+                        Ok(()) => become_workload(process, story, false),
+                        Err(error) => story.fail(&error),
+                    }
+                }
+                Ok((_, (), Side::Parent(pid))) => {
+                    let told = nix::unistd::write(&pid_out, &pid.as_raw().to_ne_bytes());
+                    leave(i32::from(told.is_err()))
+                }
+                Err(error) => error,
+            };
+            let text = format!("{error:#}");
+            let _ = nix::unistd::write(&child_status, format!("E{text}").as_bytes());
+            leave(1)
+        };
+        drop((pid_out, ends, child_status));
+        let pid = await_pid(&pid_in);
+        let _ = nix::sys::wait::waitpid(helper, None);
+        match pid {
+            Some(pid) => Ok(Born { pid, stdio, status }),
+            None => bail!("{}", read_story(&status)),
+        }
+    }
+
+    fn enter(&self) -> Result<()> {
+        let namespaces = CloneFlags::CLONE_NEWPID
+            | CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWCGROUP;
+        setns(&self.pidfd, namespaces).context("enter the container's namespaces")
+    }
+
+    /// Sends a signal to every process of the container.
+    pub fn signal_all(&self, signal: i32) -> Result<(), Errno> {
+        for pid in self.cgroup.pids() {
+            match send(pid, signal) {
+                Err(Errno::ESRCH) | Ok(()) => {}
+                other => return other,
+            }
+        }
+        Ok(())
+    }
+
+    /// The container's processes.
+    pub fn processes(&self) -> Vec<ProcessInfo> {
+        self.cgroup.pids().into_iter().filter_map(describe).collect()
+    }
+
+    /// Removes what the container leaves in the guest.
+    pub fn remove(self) {
+        self.cgroup.remove();
+    }
+}
+
+/// kill(2) with any number that the kernel knows, real-time signals included.
+pub fn send(pid: Pid, signal: i32) -> Result<(), Errno> {
+    // SAFETY: kill takes plain numbers and touches no memory of ours.
+    Errno::result(unsafe { libc::kill(pid.as_raw(), signal) }).map(drop)
+}
+
+fn await_pid(pipe: &OwnedFd) -> Option<Pid> {
+    let mut bytes = [0u8; 4];
+    match nix::unistd::read(pipe, &mut bytes) {
+        Ok(4) => Some(Pid::from_raw(i32::from_ne_bytes(bytes))),
+        _ => None,
+    }
+}
+
+fn read_story(status: &OwnedFd) -> String {
+    let mut bytes = [0u8; 4096];
+    let n = nix::unistd::read(status, &mut bytes).unwrap_or(0);
+    match bytes[..n].split_first() {
+        Some((b'E', text)) => String::from_utf8_lossy(text).into_owned(),
+        _ => "the helper that enters the container ended early".into(),
+    }
+}
+
+fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: pidfd_open takes plain numbers and returns a new descriptor or an error.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) }).context("pidfd_open")?;
+    // SAFETY: the kernel just gave this descriptor to us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// One line about a process; `None` once it is gone.
+fn describe(pid: Pid) -> Option<ProcessInfo> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let field = |text: &str, name: &str, last: bool| -> Option<i64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name).map(str::to_owned))?;
+        let mut numbers = line.split_whitespace();
+        (if last { numbers.next_back() } else { numbers.next() })?.parse().ok()
+    };
+    let parent = field(&status, "PPid:", false)?;
+    let parent_status = std::fs::read_to_string(format!("/proc/{parent}/status")).unwrap_or_default();
+    // A parent outside the container's pid namespace has one number less.
+    let depth = |text: &str| text.lines().find(|l| l.starts_with("NSpid:")).map_or(0, |l| l.split_whitespace().count());
+    let ppid = if depth(&parent_status) == depth(&status) { field(&parent_status, "NSpid:", true)? } else { 0 };
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let words: Vec<_> = command.split(|b| *b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
+    let name = || std::fs::read_to_string(format!("/proc/{pid}/comm")).map(|c| format!("[{}]", c.trim_end()));
+    Some(ProcessInfo {
+        pid: field(&status, "NSpid:", true)? as i32,
+        ppid: ppid as i32,
+        uid: field(&status, "Uid:", false)? as u32,
+        command: if words.is_empty() { name().ok()? } else { words.join(" ") },
+    })
+}

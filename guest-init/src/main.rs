@@ -1,0 +1,34 @@
+//! guest-init: pid 1 of the microVM.
+//!
+//! # Layout
+//! - [`boot`]: the kernel's own file systems, loopback, the control port.
+//! - [`serve`]: the loop that takes requests and moves bytes; one thread, nothing in it blocks.
+//! - [`connection`]: one host connection: frames in, frames out.
+//! - [`stdio`]: the guest's ends of one process's streams.
+//! - [`container`]: one container: its processes, state and cgroup.
+//! - [`rootfs`]: mounts of a container, in its own mount namespace.
+//! - [`process`]: from clone to execve.
+//! - [`reap`]: exits, and when they may be told.
+//!
+//! In: requests on the control port. Out: processes, their bytes, their exit statuses. Must not: write to the
+//! exported tree for its own sake, run anything in pid 1 that a container could hold up, or accept a peer that is
+//! not the host.
+
+mod boot;
+mod connection;
+mod container;
+mod process;
+mod reap;
+mod rootfs;
+mod serve;
+mod stdio;
+
+fn main() {
+    let Err(error) = boot::listen().and_then(|listener| {
+        println!("{}", a3s_box_proto::LISTENING);
+        boot::prepare()?;
+        serve::run(listener)
+    });
+    eprintln!("guest-init: {error:#}");
+    boot::reset();
+}

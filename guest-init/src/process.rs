@@ -1,0 +1,316 @@
+//! From clone to execve: the steps of a process that becomes a workload.
+//!
+//! Pid 1 has one thread, so what it clones may run any code. The child tells its story on a status pipe: `R` once
+//! everything that can fail has been tried, `E` and a text when something did; the pipe closes at execve.
+//! In: an OCI process, the container's namespaces. Out: the workload. Must not: return.
+
+use std::convert::Infallible;
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail};
+use caps::{CapSet, Capability, CapsHashSet};
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::unistd::{Gid, Pid, Uid};
+use oci_spec::runtime::{LinuxCapabilities, PosixRlimitType, Process};
+
+use crate::stdio::Ends;
+
+const STATUS: RawFd = 3;
+const GATE: RawFd = 4;
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Which side of a clone this is.
+pub enum Side {
+    /// The caller, with the child's pid.
+    Parent(Pid),
+    /// The new process.
+    Child,
+}
+
+/// fork(2) with namespace flags (clone(2)). Only for a process with one thread.
+pub fn fork(flags: libc::c_int) -> Result<Side> {
+    // SAFETY: without CLONE_VM and with no stack given, clone is fork; one thread means no lock can be held elsewhere.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
+    match Errno::result(pid).context("clone")? {
+        0 => Ok(Side::Child),
+        pid => Ok(Side::Parent(Pid::from_raw(pid as i32))),
+    }
+}
+
+/// What a new process holds besides its streams.
+pub struct Pipes {
+    /// Written by the child: its story.
+    pub status: OwnedFd,
+    /// Read by the child before execve: one byte opens it. `None` runs on at once.
+    pub gate: Option<OwnedFd>,
+}
+
+/// The child's own view of its pipes.
+pub struct Story(File);
+
+impl Story {
+    /// Reports a failure and ends.
+    pub fn fail(mut self, error: &anyhow::Error) -> ! {
+        let _ = self.0.write_all(format!("E{error:#}").as_bytes());
+        leave(1)
+    }
+}
+
+/// Ends a child without running pid 1's own exit handlers.
+pub fn leave(status: i32) -> ! {
+    // SAFETY: _exit takes any status and does not return.
+    unsafe { libc::_exit(status) }
+}
+
+/// First steps of every child: streams at 0 to 2, pipes at fixed places, nothing else inherited.
+pub fn arrange(ends: Ends, pipes: Pipes) -> Story {
+    let gate = pipes.gate.as_ref().map(|gate| gate.as_raw_fd());
+    // Above all targets first, so that none is overwritten before it is copied.
+    let mut high = Vec::new();
+    for fd in ends.iter().map(|end| end.as_raw_fd()).chain([pipes.status.as_raw_fd()]).chain(gate) {
+        // SAFETY: F_DUPFD_CLOEXEC on a descriptor that this process owns.
+        high.push(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10) });
+    }
+    for (target, fd) in high.iter().enumerate() {
+        let flags = if target < 3 { 0 } else { libc::O_CLOEXEC };
+        // SAFETY: both numbers are descriptors of this process; the target is free or to be replaced.
+        unsafe { libc::dup3(*fd, target as RawFd, flags) };
+    }
+    let first_unused = high.len() as libc::c_uint;
+    // SAFETY: closes everything above our own; the owners of those numbers are forgotten below, not dropped.
+    unsafe { libc::close_range(first_unused, libc::c_uint::MAX, 0) };
+    std::mem::forget((ends, pipes));
+    // SAFETY: dup3 put the status pipe there, and nothing else owns that number.
+    Story(unsafe { File::from_raw_fd(STATUS) })
+}
+
+/// Becomes the workload, or tells why not. With `gated`, waits for the start byte just before execve.
+pub fn become_workload(process: &Process, mut story: Story, gated: bool) -> ! {
+    let error = match prepare(process).and_then(|command| wait_gate(command, &mut story, gated)) {
+        Ok(command) => match command.run() {
+            Ok(never) => match never {},
+            Err(error) => error,
+        },
+        Err(error) => error,
+    };
+    story.fail(&error)
+}
+
+fn wait_gate(command: Command, story: &mut Story, gated: bool) -> Result<Command> {
+    if gated {
+        story.0.write_all(b"R").context("report")?;
+        // SAFETY: `arrange` put the gate there, and nothing else owns that number.
+        let mut gate = unsafe { File::from_raw_fd(GATE) };
+        let mut byte = [0];
+        if gate.read(&mut byte).context("wait for start")? == 0 {
+            leave(1);
+        }
+    }
+    Ok(command)
+}
+
+struct Command {
+    program: CString,
+    args: Vec<CString>,
+    env: Vec<CString>,
+}
+
+impl Command {
+    fn run(self) -> Result<Infallible> {
+        let errno = match nix::unistd::execve(&self.program, &self.args, &self.env) {
+            Ok(never) => match never {},
+            Err(errno) => errno,
+        };
+        Err(anyhow!("exec {}: {}", self.program.to_string_lossy(), words(errno)))
+    }
+}
+
+/// An errno in the lower-case words that engines look for.
+pub fn words(errno: Errno) -> String {
+    match errno {
+        Errno::ENOEXEC => "exec format error".into(),
+        errno => errno.desc().to_lowercase(),
+    }
+}
+
+fn prepare(process: &Process) -> Result<Command> {
+    let user = process.user();
+    nix::unistd::setsid().ok();
+    own_streams(user.uid());
+    set_limits(process)?;
+    if let Some(score) = process.oom_score_adj() {
+        std::fs::write("/proc/self/oom_score_adj", score.to_string()).context("process.oomScoreAdj")?;
+    }
+    let cwd = process.cwd();
+    let entered = nix::unistd::chdir(cwd);
+    become_user(process)?;
+    if let Err(errno) = entered.or_else(|_| nix::unistd::chdir(cwd)) {
+        bail!("chdir to cwd ({cwd:?}) set in config.json failed: {}", words(errno));
+    }
+    if process.no_new_privileges() == Some(true) {
+        nix::sys::prctl::set_no_new_privs().context("process.noNewPrivileges")?;
+    }
+    let env = environment(process);
+    let program = find_program(process, &env)?;
+    reset_signals()?;
+    let to_c = |text: &String| CString::new(text.as_str()).with_context(|| format!("{text:?} holds a NUL byte"));
+    Ok(Command {
+        program: CString::new(program)?,
+        args: process.args().iter().flatten().map(to_c).collect::<Result<_>>()?,
+        env: env.iter().map(to_c).collect::<Result<_>>()?,
+    })
+}
+
+/// The pipes belong to the workload's user, so that it can open /dev/stdout anew.
+fn own_streams(uid: u32) {
+    for fd in 0..3 {
+        // SAFETY: fchown on this process's own streams; a failure leaves them as they were.
+        unsafe { libc::fchown(fd, uid, u32::MAX) };
+    }
+}
+
+fn set_limits(process: &Process) -> Result<()> {
+    for limit in process.rlimits().iter().flatten() {
+        let name = limit.typ();
+        setrlimit(resource(name), limit.soft(), limit.hard()).with_context(|| format!("process.rlimits {name:?}"))?;
+    }
+    Ok(())
+}
+
+fn resource(kind: PosixRlimitType) -> Resource {
+    match kind {
+        PosixRlimitType::RlimitCpu => Resource::RLIMIT_CPU,
+        PosixRlimitType::RlimitFsize => Resource::RLIMIT_FSIZE,
+        PosixRlimitType::RlimitData => Resource::RLIMIT_DATA,
+        PosixRlimitType::RlimitStack => Resource::RLIMIT_STACK,
+        PosixRlimitType::RlimitCore => Resource::RLIMIT_CORE,
+        PosixRlimitType::RlimitRss => Resource::RLIMIT_RSS,
+        PosixRlimitType::RlimitNproc => Resource::RLIMIT_NPROC,
+        PosixRlimitType::RlimitNofile => Resource::RLIMIT_NOFILE,
+        PosixRlimitType::RlimitMemlock => Resource::RLIMIT_MEMLOCK,
+        PosixRlimitType::RlimitAs => Resource::RLIMIT_AS,
+        PosixRlimitType::RlimitLocks => Resource::RLIMIT_LOCKS,
+        PosixRlimitType::RlimitSigpending => Resource::RLIMIT_SIGPENDING,
+        PosixRlimitType::RlimitMsgqueue => Resource::RLIMIT_MSGQUEUE,
+        PosixRlimitType::RlimitNice => Resource::RLIMIT_NICE,
+        PosixRlimitType::RlimitRtprio => Resource::RLIMIT_RTPRIO,
+        PosixRlimitType::RlimitRttime => Resource::RLIMIT_RTTIME,
+    }
+}
+
+/// Bounding set, ids, then the remaining sets: each step still has the privilege it needs.
+fn become_user(process: &Process) -> Result<()> {
+    let user = process.user();
+    let none = LinuxCapabilities::default();
+    let wanted = process.capabilities().as_ref().unwrap_or(&none);
+    let bounding = set_of(wanted.bounding())?;
+    for capability in caps::runtime::procfs_all_supported(None).context("capabilities of the guest kernel")? {
+        if !bounding.contains(&capability) {
+            caps::drop(None, CapSet::Bounding, capability).context("process.capabilities.bounding")?;
+        }
+    }
+    nix::sys::prctl::set_keepcaps(true).context("keep capabilities")?;
+    let groups: Vec<Gid> = user.additional_gids().iter().flatten().map(|gid| Gid::from_raw(*gid)).collect();
+    nix::unistd::setgroups(&groups).context("process.user.additionalGids")?;
+    let gid = Gid::from_raw(user.gid());
+    nix::unistd::setresgid(gid, gid, gid).context("process.user.gid")?;
+    let uid = Uid::from_raw(user.uid());
+    nix::unistd::setresuid(uid, uid, uid).context("process.user.uid")?;
+    nix::sys::prctl::set_keepcaps(false).context("keep capabilities")?;
+    if let Some(umask) = user.umask() {
+        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(umask));
+    }
+    let set = |kind, capabilities: &CapsHashSet, field: &'static str| {
+        caps::set(None, kind, capabilities).map_err(|e| anyhow!("process.capabilities.{field}: {e}"))
+    };
+    // Effective must never exceed permitted, nor ambient what is both permitted and inheritable.
+    let permitted = set_of(wanted.permitted())?;
+    set(CapSet::Inheritable, &set_of(wanted.inheritable())?, "inheritable")?;
+    set(CapSet::Effective, &set_of(wanted.effective())?.intersection(&permitted).copied().collect(), "effective")?;
+    set(CapSet::Permitted, &permitted, "permitted")?;
+    set(CapSet::Ambient, &set_of(wanted.ambient())?, "ambient")
+}
+
+fn set_of(wanted: &Option<oci_spec::runtime::Capabilities>) -> Result<CapsHashSet> {
+    wanted
+        .iter()
+        .flatten()
+        .map(|capability| {
+            let name = format!("CAP_{}", capability.to_string().trim_start_matches("CAP_"));
+            name.parse::<Capability>().map_err(|_| anyhow!("process.capabilities: unknown capability {name}"))
+        })
+        .collect()
+}
+
+/// The process's own environment, with HOME where it has none: from the container's passwd file, as runc does.
+fn environment(process: &Process) -> Vec<String> {
+    let mut env: Vec<String> = process.env().clone().unwrap_or_default();
+    if !env.iter().any(|entry| entry.starts_with("HOME=") && entry.len() > 5) {
+        env.retain(|entry| !entry.starts_with("HOME="));
+        env.push(format!("HOME={}", home(process.user().uid())));
+    }
+    env
+}
+
+fn home(uid: u32) -> String {
+    let uid = uid.to_string();
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.len() >= 6 && fields[2] == uid)
+        .map_or_else(|| "/".into(), |fields| fields[5].to_string())
+}
+
+/// Looks argv[0] up as a shell would, with the texts that engines map to 126 and 127.
+fn find_program(process: &Process, env: &[String]) -> Result<String> {
+    let name = process.args().iter().flatten().next().context("process.args is empty")?;
+    if name.contains('/') {
+        return match executable(Path::new(name)) {
+            Ok(()) => Ok(name.clone()),
+            Err(Errno::ENOENT) => bail!("exec: {name:?}: stat {name}: no such file or directory"),
+            Err(errno) => bail!("exec: {name:?}: {}", words(errno)),
+        };
+    }
+    let path = env.iter().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
+    let mut denied = false;
+    for dir in path.split(':').filter(|dir| !dir.is_empty() && !name.is_empty()) {
+        let candidate = format!("{dir}/{name}");
+        match executable(Path::new(&candidate)) {
+            Ok(()) => return Ok(candidate),
+            Err(Errno::EACCES) => denied = true,
+            Err(_) => {}
+        }
+    }
+    if denied {
+        bail!("exec: {name:?}: permission denied");
+    }
+    bail!("exec: {name:?}: executable file not found in $PATH")
+}
+
+fn executable(path: &Path) -> Result<(), Errno> {
+    let metadata = std::fs::metadata(path).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
+    if metadata.is_dir() {
+        return Err(Errno::EISDIR);
+    }
+    if metadata.permissions().mode() & 0o111 == 0 {
+        return Err(Errno::EACCES);
+    }
+    nix::unistd::access(path, nix::unistd::AccessFlags::X_OK)
+}
+
+/// Handlers do not survive execve, but ignored signals and the mask do.
+fn reset_signals() -> Result<()> {
+    for number in Signal::iterator().filter(|s| !matches!(s, Signal::SIGKILL | Signal::SIGSTOP)) {
+        // SAFETY: installs a default disposition, no handler code.
+        unsafe { signal(number, SigHandler::SigDfl) }.with_context(|| format!("reset {number}"))?;
+    }
+    SigSet::empty().thread_set_mask().context("signal mask")
+}

@@ -1,0 +1,128 @@
+//! A container's file systems, seen from inside its new mount namespace.
+//!
+//! In: a planned container. Out: the calling process's root is the container's. Must not: follow a path of the
+//! container's outside its root; every destination goes through [`a3s_box_mount`].
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use a3s_box_mount::{Kind, Root, attach, clone_tree, clone_tree_at, file_system, is_directory, open_path, set_attributes};
+use a3s_box_proto::{Container, Mount, Source};
+use anyhow::{Context, Result};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+
+const VIRTIOFS_MAGIC: i64 = 0x6573_5546;
+
+/// Makes the container's tree and enters it. The caller is alone in a new mount namespace.
+pub fn enter(container: &Container) -> Result<()> {
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).context("make mounts private")?;
+    let rootfs = Path::new("/").join(&container.rootfs);
+    let itself = MsFlags::MS_BIND | MsFlags::MS_REC;
+    mount(Some(&rootfs), &rootfs, None::<&str>, itself, None::<&str>).context("bind the root file system")?;
+    std::env::set_current_dir(&rootfs).context("enter the root file system")?;
+    let root = Root::current_dir()?;
+    for planned in &container.mounts {
+        add(&root, planned).with_context(|| format!("mount {}", planned.destination.display()))?;
+    }
+    fill_dev(&root)?;
+    hide(&root, container)?;
+    nix::unistd::pivot_root(".", ".").context("pivot_root")?;
+    umount2(".", MntFlags::MNT_DETACH).context("detach the guest's root")?;
+    std::env::set_current_dir("/").context("enter the new root")?;
+    // As runc: a missing working directory is made, where the file system lets it.
+    let _ = fs::create_dir_all(Path::new("/").join(container.process.cwd()));
+    if container.readonly {
+        let root = open_path(Path::new("/")).context("open the root")?;
+        set_attributes(root, libc::MOUNT_ATTR_RDONLY, false).context("make the root read-only")?;
+    }
+    Ok(())
+}
+
+fn add(root: &Root, planned: &Mount) -> Result<()> {
+    let (tree, kind) = match &planned.source {
+        Source::Export(path) => exported(path, planned.attributes)?,
+        Source::FileSystem { kind, name, options } => {
+            (guest_file_system(kind, name, options, planned.attributes)?, Kind::Directory)
+        }
+    };
+    attach(tree, root.place(&planned.destination, kind)?)
+}
+
+/// A private copy of a place in the exported tree.
+fn exported(path: &Path, attributes: u64) -> Result<(OwnedFd, Kind)> {
+    let source = open_path(&Path::new("/").join(path)).context("open the exported source")?;
+    let kind = if is_directory(&source)? { Kind::Directory } else { Kind::File };
+    let tree = clone_tree(&source, true)?;
+    set_attributes(&tree, attributes, false)?;
+    Ok((tree, kind))
+}
+
+fn guest_file_system(kind: &str, name: &str, options: &[String], attributes: u64) -> Result<OwnedFd> {
+    match file_system(kind, name, options, attributes) {
+        // Guest kernels before libkrunfw 5 lack POSIX message queues, which every engine's default mounts ask for.
+        Err(_) if kind == "mqueue" => file_system("tmpfs", name, &[], attributes),
+        result => result,
+    }
+}
+
+/// The devices and links that config-linux.md promises, where /dev is a file system of the guest's own.
+fn fill_dev(root: &Root) -> Result<()> {
+    let Ok(dev) = root.open(Path::new("dev")) else { return Ok(()) };
+    let on = nix::sys::statfs::fstatfs(&dev).context("look at /dev")?;
+    if on.filesystem_type().0 as i64 == VIRTIOFS_MAGIC {
+        return Ok(());
+    }
+    let dir = PathBuf::from(format!("/proc/self/fd/{}", dev.as_raw_fd()));
+    for (name, major, minor) in
+        [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)]
+    {
+        let path = dir.join(name);
+        match mknod(&path, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor)) {
+            Err(nix::errno::Errno::EEXIST) => continue,
+            made => made.with_context(|| format!("make /dev/{name}"))?,
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).context("mode of device")?;
+    }
+    for (name, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+        ("ptmx", "pts/ptmx"),
+    ] {
+        match symlink(target, dir.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).with_context(|| format!("link /dev/{name}"));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Masked paths vanish below an empty thing of their kind; read-only paths become so.
+fn hide(root: &Root, container: &Container) -> Result<()> {
+    let guest = open_path(Path::new("/")).context("open the guest's root")?;
+    for path in &container.masked_paths {
+        let Ok(target) = root.open(path) else { continue };
+        let cover = if is_directory(&target)? {
+            file_system("tmpfs", "tmpfs", &["mode=0555".into()], libc::MOUNT_ATTR_RDONLY)
+        } else {
+            clone_tree_at(&guest, Path::new("dev/null"), false)
+        };
+        cover.and_then(|cover| attach(cover, target)).with_context(|| format!("mask {}", path.display()))?;
+    }
+    for path in &container.readonly_paths {
+        let Ok(target) = root.open(path) else { continue };
+        let tree = clone_tree(&target, true).with_context(|| format!("clone {}", path.display()))?;
+        set_attributes(&tree, libc::MOUNT_ATTR_RDONLY, false)
+            .and_then(|()| attach(tree, target))
+            .with_context(|| format!("make {} read-only", path.display()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,108 @@
+//! Reads a bundle: config.json and the root file system it names.
+//!
+//! In: a directory. Out: a [`Bundle`] that later stages may trust. Must not: change anything.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use oci_spec::runtime::Spec;
+
+use crate::support;
+
+/// A bundle that passed every check that needs no plan.
+#[derive(Debug)]
+pub struct Bundle {
+    /// Absolute path.
+    pub dir: PathBuf,
+    /// Its config.json.
+    pub spec: Spec,
+    /// Absolute path of its root file system.
+    pub rootfs: PathBuf,
+    /// One line for each field that is set and ignored.
+    pub warnings: Vec<String>,
+}
+
+/// Opens the bundle in `dir`.
+pub fn open(dir: &Path) -> Result<Bundle> {
+    let dir = fs::canonicalize(dir).map_err(words).with_context(|| format!("bundle {}", dir.display()))?;
+    let path = dir.join("config.json");
+    let text = fs::read(&path).map_err(words).with_context(|| format!("open {}", path.display()))?;
+    let config: serde_json::Value =
+        serde_json::from_slice(&text).with_context(|| format!("{} is not valid JSON", path.display()))?;
+    check_version(&config["ociVersion"])?;
+    let warnings = support::check(&config)?;
+    let spec: Spec = serde_path(config).with_context(|| format!("{} is not a runtime configuration", path.display()))?;
+    let root = spec.root().as_ref().context("root: config.json gives no root file system")?;
+    let rootfs = dir.join(root.path());
+    let metadata = fs::metadata(&rootfs).map_err(words).with_context(|| format!("root.path {}", rootfs.display()))?;
+    if !metadata.is_dir() {
+        bail!("root.path {}: not a directory", rootfs.display());
+    }
+    let cwd = spec.process().as_ref().map(|p| p.cwd().clone()).unwrap_or_else(|| "/".into());
+    if !cwd.is_absolute() {
+        bail!("process.cwd: {cwd:?} is not an absolute path");
+    }
+    Ok(Bundle { dir, spec, rootfs, warnings })
+}
+
+/// Typed reading, with the field's name where it goes wrong.
+fn serde_path(config: serde_json::Value) -> Result<Spec> {
+    let fields = config.as_object().context("the outermost value is not an object")?.clone();
+    serde_json::from_value(config).map_err(|whole| {
+        let wrong = fields.iter().find(|(name, value)| {
+            let mut alone = serde_json::Map::from_iter([("ociVersion".into(), fields["ociVersion"].clone())]);
+            alone.insert((*name).clone(), (*value).clone());
+            serde_json::from_value::<Spec>(alone.into()).is_err()
+        });
+        match wrong {
+            Some((name, _)) => anyhow::anyhow!("{name}: {whole}"),
+            None => whole.into(),
+        }
+    })
+}
+
+/// runtime-spec 1.x; the spec promises that minor versions stay compatible.
+fn check_version(version: &serde_json::Value) -> Result<()> {
+    let text = version.as_str().unwrap_or_default();
+    let core = text.split(['-', '+']).next().unwrap_or_default();
+    let numbers: Option<Vec<u64>> = core.split('.').map(|part| part.parse().ok()).collect();
+    match numbers.as_deref() {
+        Some([1, _, _]) => Ok(()),
+        Some([_, _, _]) => bail!("ociVersion: {text:?} is not supported, only 1.x is"),
+        _ if version.is_null() => bail!("ociVersion: missing in config.json"),
+        _ => bail!("ociVersion: {version} is not a version"),
+    }
+}
+
+/// An I/O error in lower-case words, as engines look for them.
+pub fn words(error: std::io::Error) -> anyhow::Error {
+    match error.raw_os_error() {
+        Some(code) => anyhow::anyhow!("{}", nix::errno::Errno::from_raw(code).desc().to_lowercase()),
+        None => error.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn versions() {
+        for good in ["1.0.0", "1.0.2-dev", "1.1.0+x", "1.2.1", "1.3.0", "1.99.0"] {
+            assert!(check_version(&json!(good)).is_ok(), "{good}");
+        }
+        for bad in [json!("2.0.0"), json!("0.9.0"), json!("1.0"), json!("latest"), json!(1), json!(null), json!("")] {
+            let text = check_version(&bad).unwrap_err().to_string();
+            assert!(text.starts_with("ociVersion"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_field_of_the_wrong_type_is_named() {
+        let config = json!({"ociVersion": "1.0.0", "root": {"path": "r"}, "process": {"args": "sh", "cwd": "/"}});
+        let text = format!("{:#}", serde_path(config).unwrap_err());
+        assert!(text.starts_with("process: "), "{text}");
+    }
+}

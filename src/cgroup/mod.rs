@@ -1,0 +1,218 @@
+//! The container's host cgroup: made, joined, frozen, read, removed.
+//!
+//! cgroup v2 where /sys/fs/cgroup is that, else every v1 hierarchy that is mounted. In: a planned path. Out: a
+//! [`Cgroup`] that is kept in the state. Must not: leave a directory behind, or take one that others live in.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// Where containers without a `cgroupsPath` live.
+pub const OWN_PARENT: &str = "a3s-box";
+
+/// One cgroup, in one v2 hierarchy or in all v1 hierarchies.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// Its directories; none where cgroups are disabled.
+    dirs: Vec<PathBuf>,
+    /// Whether its parent is the one that this runtime makes for containers without a path of their own.
+    own_parent: bool,
+}
+
+/// Which hierarchy a host has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// One unified hierarchy.
+    V2,
+    /// One for each controller.
+    V1,
+    /// None is mounted.
+    None,
+}
+
+/// What this host has.
+pub fn version() -> Version {
+    match nix::sys::statfs::statfs(ROOT) {
+        Ok(stat) if stat.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC => Version::V2,
+        Ok(_) if !v1_roots().is_empty() => Version::V1,
+        _ => Version::None,
+    }
+}
+
+/// Mount points of the v1 controllers, and of the controller-less v2 hierarchy beside them.
+fn v1_roots() -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let cgroup = |line: &str| {
+        let (fields, kind) = line.split_once(" - ")?;
+        let point = fields.split(' ').nth(4)?;
+        (kind.starts_with("cgroup ") || kind.starts_with("cgroup2 ")).then(|| PathBuf::from(point))
+    };
+    let mut roots: Vec<PathBuf> = table.lines().filter_map(cgroup).filter(|p| p.starts_with(ROOT)).collect();
+    roots.sort();
+    roots.dedup();
+    roots
+}
+
+impl Cgroup {
+    /// Names the cgroup; `path` is relative to each hierarchy's root. One that others live in is refused.
+    pub fn plan(path: &Path) -> Result<Self> {
+        let roots = match version() {
+            Version::V2 => vec![PathBuf::from(ROOT)],
+            Version::V1 => v1_roots(),
+            Version::None => bail!("linux.cgroupsPath {}: no cgroup hierarchy is mounted at {ROOT}", path.display()),
+        };
+        let own_parent = path.parent() == Some(Path::new(OWN_PARENT));
+        let cgroup = Cgroup { dirs: roots.iter().map(|root| root.join(path)).collect(), own_parent };
+        match cgroup.dirs.iter().find(|dir| !pids(dir).is_empty()) {
+            Some(dir) => bail!("container's cgroup {} is not empty", dir.display()),
+            None => Ok(cgroup),
+        }
+    }
+
+    /// Makes its directories and what is missing above them.
+    pub fn make(&self) -> Result<()> {
+        self.dirs.iter().try_for_each(|dir| make(dir))
+    }
+
+    /// Moves the calling process in, with whatever it starts from now on.
+    pub fn join(&self) -> Result<()> {
+        for dir in &self.dirs {
+            fs::write(dir.join("cgroup.procs"), "0")
+                .map_err(crate::bundle::words)
+                .with_context(|| format!("join cgroup {}", dir.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Freezes or thaws every process in it, and waits until the kernel says so.
+    pub fn freeze(&self, frozen: bool) -> Result<()> {
+        let Some((file, on, off)) = self.freezer() else { bail!("the container has no cgroup to freeze") };
+        fs::write(&file, if frozen { on } else { off }).with_context(|| format!("write {}", file.display()))?;
+        let deadline = Instant::now() + Duration::from_secs(2);
+        // The v1 freezer tells nobody when it is done, so both are asked.
+        while self.is_frozen() != frozen {
+            if Instant::now() > deadline {
+                let _ = fs::write(&file, off);
+                bail!("cgroup {} does not {}", file.display(), if frozen { "freeze" } else { "thaw" });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Whether it is frozen now.
+    pub fn is_frozen(&self) -> bool {
+        let events = |dir: &PathBuf| fs::read_to_string(dir.join("cgroup.events")).unwrap_or_default();
+        self.dirs.iter().any(|dir| {
+            fs::read_to_string(dir.join("freezer.state")).is_ok_and(|state| state.trim() == "FROZEN")
+                || events(dir).lines().any(|line| line == "frozen 1")
+        })
+    }
+
+    fn freezer(&self) -> Option<(PathBuf, &'static str, &'static str)> {
+        let v1 = self.dirs.iter().map(|dir| dir.join("freezer.state")).find(|file| file.exists());
+        let v2 = || self.dirs.iter().map(|dir| dir.join("cgroup.freeze")).find(|file| file.exists());
+        v1.map(|file| (file, "FROZEN", "THAWED")).or_else(|| v2().map(|file| (file, "1", "0")))
+    }
+
+    /// Every process in it and below it.
+    pub fn pids(&self) -> Vec<i32> {
+        let mut all: Vec<i32> = self.dirs.iter().flat_map(|dir| tree_pids(dir)).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// Kills every process in it and below it.
+    pub fn kill(&self) {
+        for pid in self.pids() {
+            // One that has ended meanwhile is what was wanted.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+
+    /// Removes it with everything below. Its processes must have been killed; the kernel lets go of them a little
+    /// later than of their parent, so a busy directory is tried again for up to two seconds.
+    pub fn remove(&self) {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        for dir in &self.dirs {
+            while !prune(dir) && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            if self.own_parent
+                && let Some(parent) = dir.parent()
+            {
+                // Others may still live there; then it stays.
+                let _ = fs::remove_dir(parent);
+            }
+        }
+    }
+}
+
+fn make(dir: &Path) -> Result<()> {
+    let missing: Vec<&Path> = dir.ancestors().take_while(|above| above.starts_with(ROOT)).collect();
+    for dir in missing.into_iter().rev() {
+        match fs::create_dir(dir) {
+            Ok(()) => inherit_cpuset(dir),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                return Err(crate::bundle::words(error)).with_context(|| format!("make cgroup {}", dir.display()));
+            }
+        }
+    }
+    dir.ancestors().skip(1).take_while(|above| above.starts_with(ROOT)).for_each(delegate);
+    Ok(())
+}
+
+/// v2: lets children use every controller there is. A cgroup that holds processes itself cannot, and need not.
+fn delegate(dir: &Path) {
+    let available = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
+    for controller in available.split_whitespace() {
+        let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
+    }
+}
+
+/// v1: an empty cpuset accepts no process.
+fn inherit_cpuset(dir: &Path) {
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        let own = fs::read_to_string(dir.join(file)).unwrap_or_default();
+        if own.trim().is_empty()
+            && let Some(parent) = dir.parent()
+            && let Ok(value) = fs::read_to_string(parent.join(file))
+        {
+            let _ = fs::write(dir.join(file), value);
+        }
+    }
+}
+
+fn subdirs(dir: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
+}
+
+fn pids(dir: &Path) -> Vec<i32> {
+    let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    procs.lines().filter_map(|line| line.parse().ok()).collect()
+}
+
+fn tree_pids(dir: &Path) -> Vec<i32> {
+    let mut all = pids(dir);
+    all.extend(subdirs(dir).flat_map(|sub| tree_pids(&sub)));
+    all
+}
+
+/// Removes the directory and those below; true once it is gone.
+fn prune(dir: &Path) -> bool {
+    for sub in subdirs(dir) {
+        prune(&sub);
+    }
+    match fs::remove_dir(dir) {
+        Ok(()) => true,
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
+}

@@ -1,0 +1,377 @@
+//! The command line: runc's, and nothing else.
+//!
+//! In: argv. Out: typed arguments. Must not: look at the system; what a flag means is decided elsewhere.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// OCI runtime that runs every container in its own libkrun microVM
+#[derive(Debug, Parser)]
+#[command(name = "a3s-box", disable_version_flag = true, subcommand_required = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// Flags before the verb
+    #[command(flatten)]
+    pub global: Global,
+    /// The verb
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags that go before the verb.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Directory for the containers' state [default: /run/a3s-box, without root $XDG_RUNTIME_DIR/a3s-box]
+    #[arg(long, value_name = "DIR")]
+    pub root: Option<PathBuf>,
+    /// Append log records to this file
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
+    /// Form of log records
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// Least severe records to log (debug, info, warn, error …)
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<String>,
+    /// Log what is done, with the boot's phases and their times
+    #[arg(long)]
+    pub debug: bool,
+    /// Use systemd's cgroup driver (kept with the container from `create` on)
+    #[arg(long)]
+    pub systemd_cgroup: bool,
+    /// Which cgroup driver to use
+    #[arg(long, value_enum)]
+    pub cgroup_manager: Option<CgroupManager>,
+    /// Accepted for compatibility: true, false or auto
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub rootless: Option<Rootless>,
+    /// Print the version
+    #[arg(short = 'v', long = "version")]
+    pub version: bool,
+}
+
+/// Form of log records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// logfmt
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// Cgroup drivers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CgroupManager {
+    /// Directories in the cgroup file system
+    Cgroupfs,
+    /// Transient scopes
+    Systemd,
+    /// No cgroup at all
+    Disabled,
+}
+
+/// Values of --rootless.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Rootless {
+    /// yes
+    True,
+    /// no
+    False,
+    /// as it is
+    Auto,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create a container: its microVM boots, its process waits for `start`
+    Create(Create),
+    /// Start the process of a created container
+    Start(Id),
+    /// Create, start and wait for a container
+    Run(Run),
+    /// Print the state of a container as JSON
+    State(Id),
+    /// Send a signal to a container's first process
+    Kill(Kill),
+    /// Delete a container
+    Delete(Delete),
+    /// Run a further process in a container
+    Exec(Exec),
+    /// List containers
+    List(List),
+    /// List the processes of a container
+    Ps(Ps),
+    /// Freeze a container
+    Pause(Id),
+    /// Let a frozen container go on
+    Resume(Id),
+    /// Write a config.json to start from
+    Spec(Spec),
+    /// Print what this runtime supports as JSON (runtime-spec features.md)
+    Features,
+    /// Say whether this host can run microVMs, and what to do where not
+    Check(Check),
+    /// Not supported: a microVM cannot be checkpointed
+    #[command(disable_help_flag = true)]
+    Checkpoint(Anything),
+    /// Not supported: a microVM cannot be restored
+    #[command(disable_help_flag = true)]
+    Restore(Anything),
+}
+
+/// A container's id.
+#[derive(Debug, Args)]
+pub struct Id {
+    /// Container id
+    #[arg(value_name = "ID")]
+    pub id: String,
+}
+
+/// Whatever follows.
+#[derive(Debug, Args)]
+pub struct Anything {
+    /// Ignored
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, num_args = 0..)]
+    pub args: Vec<OsString>,
+}
+
+/// Flags of `create`, which `run` shares.
+#[derive(Debug, Args)]
+pub struct Create {
+    /// Container id
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Bundle directory
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    pub bundle: PathBuf,
+    /// Write the container's pid to this file
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Unix socket that is to receive the terminal's master
+    #[arg(long, value_name = "SOCKET")]
+    pub console_socket: Option<PathBuf>,
+    /// Pass this many further descriptors (cannot cross into a VM: 0 alone is accepted)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub preserve_fds: u32,
+    /// Accepted for compatibility: the root is entered by pivot_root inside the VM
+    #[arg(long)]
+    pub no_pivot: bool,
+    /// Accepted for compatibility: the guest's keyring is its own
+    #[arg(long)]
+    pub no_new_keyring: bool,
+    /// Accepted for compatibility
+    #[arg(long)]
+    pub no_subreaper: bool,
+}
+
+/// Flags of `run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// What `create` takes
+    #[command(flatten)]
+    pub create: Create,
+    /// Return once the process runs
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Do not delete the container when it has stopped
+    #[arg(long)]
+    pub keep: bool,
+}
+
+/// Flags of `kill`.
+#[derive(Debug, Args)]
+pub struct Kill {
+    /// Signal every process of the container
+    #[arg(short, long)]
+    pub all: bool,
+    /// Container id
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Signal by name or number
+    #[arg(value_name = "SIGNAL", default_value = "TERM", allow_hyphen_values = true)]
+    pub signal: String,
+}
+
+/// Flags of `delete`.
+#[derive(Debug, Args)]
+pub struct Delete {
+    /// Kill the container first; an unknown id is no error
+    #[arg(short, long)]
+    pub force: bool,
+    /// Container id
+    #[arg(value_name = "ID")]
+    pub id: String,
+}
+
+/// Flags of `exec`.
+#[derive(Debug, Args)]
+pub struct Exec {
+    /// The process as JSON (runtime-spec's process object)
+    #[arg(short, long, value_name = "FILE")]
+    pub process: Option<PathBuf>,
+    /// Set a variable
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// Working directory in the container
+    #[arg(long, value_name = "DIR")]
+    pub cwd: Option<PathBuf>,
+    /// Run as this user
+    #[arg(short, long, value_name = "UID[:GID]")]
+    pub user: Option<String>,
+    /// Further group ids
+    #[arg(short = 'g', long, value_name = "GID")]
+    pub additional_gids: Vec<u32>,
+    /// Add a capability
+    #[arg(short, long, value_name = "NAME")]
+    pub cap: Vec<String>,
+    /// Set no_new_privs
+    #[arg(long)]
+    pub no_new_privs: bool,
+    /// Give the process a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Return once the process runs
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Write the process's pid to this file
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Unix socket that is to receive the terminal's master
+    #[arg(long, value_name = "SOCKET")]
+    pub console_socket: Option<PathBuf>,
+    /// Pass this many further descriptors (cannot cross into a VM: 0 alone is accepted)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub preserve_fds: u32,
+    /// Run in a paused container as well
+    #[arg(long)]
+    pub ignore_paused: bool,
+    /// Container id
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Program and arguments
+    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+/// Forms of `list` and `ps`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Table,
+    /// For programs
+    Json,
+}
+
+/// Flags of `list`.
+#[derive(Debug, Args)]
+pub struct List {
+    /// Form of the output
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
+    /// Ids alone
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// Flags of `ps`.
+#[derive(Debug, Args)]
+pub struct Ps {
+    /// Table of the guest's processes, or JSON list of the host's pids
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
+    /// Container id
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Accepted for compatibility
+    #[arg(value_name = "PS-ARGS", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub args: Vec<OsString>,
+}
+
+/// Flags of `spec`.
+#[derive(Debug, Args)]
+pub struct Spec {
+    /// Directory to write to
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    pub bundle: PathBuf,
+}
+
+/// Flags of `check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Form of the output
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
+    /// How long the probe VM may take to boot, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub timeout: u64,
+}
+
+/// Go's flag parser takes long flags with one dash too, and go-runc passes one so; clap does not.
+pub fn normalize(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    const LONG: [&str; 28] = [
+        "root", "log", "log-format", "log-level", "debug", "systemd-cgroup", "cgroup-manager", "rootless", "version",
+        "help", "bundle", "pid-file", "console-socket", "preserve-fds", "no-pivot", "no-new-keyring", "no-subreaper",
+        "detach", "keep", "force", "all", "process", "env", "cwd", "user", "tty", "format", "quiet",
+    ];
+    let mut only_values = false;
+    args.enumerate()
+        .map(|(index, arg)| {
+            let Some(text) = arg.to_str().filter(|_| index > 0 && !only_values) else { return arg };
+            let name = text.strip_prefix('-').and_then(|rest| rest.split('=').next());
+            match name {
+                Some(name) if LONG.contains(&name) => format!("-{text}").into(),
+                Some("-") => {
+                    only_values = true;
+                    arg
+                }
+                _ => arg,
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Cli {
+        Cli::try_parse_from(normalize(line.split(' ').map(OsString::from))).unwrap()
+    }
+
+    #[test]
+    fn definition_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn engines_lines_parse() {
+        for line in [
+            "a3s-box --root /r --log /l --log-format json --systemd-cgroup create --bundle /b --pid-file /p --console-socket /s --no-pivot --no-new-keyring id",
+            "a3s-box --root=/r --debug run --bundle /b --keep id",
+            "a3s-box --rootless=auto --cgroup-manager disabled start id",
+            "a3s-box --rootless state id",
+            "a3s-box kill -a id 9",
+            "a3s-box kill --all id SIGTERM",
+            "a3s-box delete --force id",
+            "a3s-box ps --format json id",
+            "a3s-box exec --process /p --detach --pid-file /x id",
+            "a3s-box list --format=json",
+            "a3s-box create -no-subreaper -bundle /b id",
+            "a3s-box checkpoint --image-path /i --help",
+            "a3s-box restore -no-subreaper --lsm-mount-context",
+            "a3s-box features",
+        ] {
+            parse(line);
+        }
+    }
+
+    #[test]
+    fn what_follows_the_id_belongs_to_the_command() {
+        let Command::Exec(exec) = parse("a3s-box exec -e A=1 id ls -la --help -e B=2").command else { panic!() };
+        assert_eq!(exec.command, ["ls", "-la", "--help", "-e", "B=2"]);
+        assert_eq!(exec.env, ["A=1"]);
+    }
+}

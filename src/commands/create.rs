@@ -1,0 +1,170 @@
+//! `create`: a booted VM, a container built in it, its process waiting for `start`.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signalfd::SignalFd;
+
+use super::Context;
+use crate::bundle::{self, Bundle};
+use crate::cgroup::Cgroup;
+use crate::cli;
+use crate::monitor::{self, Handle, Report};
+use crate::plan::{self, Plan};
+use crate::store::{self, Entry, ProcessId, Record};
+
+/// The verb.
+pub fn create(context: &Context, args: &cli::Create) -> Result<i32> {
+    birth(context, args, None)?.keep();
+    Ok(0)
+}
+
+/// A created container, undone when dropped: its VM, cgroup, pid file and directory.
+pub struct Born<'a> {
+    record: Record,
+    handle: Option<Handle>,
+    pid_file: Option<&'a Path>,
+    /// `None` once it is kept.
+    entry: Option<Entry>,
+}
+
+impl Born<'_> {
+    /// Lets the container live on.
+    pub fn keep(mut self) {
+        self.entry = None;
+    }
+
+    /// Runs `release` on the container, which lives on if that succeeds.
+    pub fn start(mut self, release: fn(&Entry, &mut Record) -> Result<()>) -> Result<(Record, Handle)> {
+        let entry = self.entry.as_ref().context("the container's directory")?;
+        release(entry, &mut self.record)?;
+        self.entry = None;
+        Ok((self.record.clone(), self.handle.take().context("the monitor")?))
+    }
+
+    fn save(&self) -> Result<()> {
+        self.entry.as_ref().map_or(Ok(()), |entry| entry.save(&self.record))
+    }
+}
+
+impl Drop for Born<'_> {
+    fn drop(&mut self) {
+        let Some(entry) = self.entry.take() else { return };
+        if let Some(handle) = &self.handle {
+            handle.kill();
+        }
+        self.record.cgroup.remove();
+        if let Some(path) = self.pid_file {
+            let _ = std::fs::remove_file(path);
+        }
+        // What is left is a directory without processes: `delete --force` takes it.
+        let _ = entry.remove();
+    }
+}
+
+/// Creates a container. With `signals`, one that would end the caller ends the attempt.
+pub fn birth<'a>(context: &Context, args: &'a cli::Create, signals: Option<&SignalFd>) -> Result<Born<'a>> {
+    refuse_flags(context, args)?;
+    let bundle = bundle::open(&args.bundle)?;
+    bundle.warnings.iter().for_each(|warning| context.log.warn(warning));
+    let mut plan = plan::plan(&args.id, &bundle.spec, &bundle.rootfs, &bundle.dir)?;
+    plan.vm.debug = context.log.is_debug();
+    crate::vmm::usable()?;
+    context.log.debug(&format!("planned: {} vCPUs, {} MiB", plan.vm.vcpus, plan.vm.memory_mib));
+    let cgroup = match context.cgroup_manager {
+        cli::CgroupManager::Disabled => Cgroup::default(),
+        _ => Cgroup::plan(&plan.cgroup)?,
+    };
+    let entry = context.store.create(&args.id)?;
+    let record = record(&args.id, &bundle, cgroup);
+    let mut born = Born { record, handle: None, pid_file: None, entry: Some(entry) };
+    born.save()?;
+    raise(context, &mut born, plan, signals)?;
+    born.record.ready = true;
+    born.save()?;
+    if let Some(path) = &args.pid_file {
+        let pid = born.record.monitor.context("the monitor's pid")?.pid.to_string();
+        store::replace(path, pid.as_bytes(), 0o644)?;
+        born.pid_file = Some(path);
+    }
+    context.log.debug("created");
+    Ok(born)
+}
+
+fn refuse_flags(context: &Context, args: &cli::Create) -> Result<()> {
+    if args.console_socket.is_some() {
+        bail!("--console-socket: process.terminal is not supported");
+    }
+    if args.preserve_fds > 0 {
+        bail!("--preserve-fds {}: descriptors cannot cross into a VM", args.preserve_fds);
+    }
+    if context.cgroup_manager == cli::CgroupManager::Systemd {
+        bail!("--systemd-cgroup: the systemd cgroup driver is not supported");
+    }
+    Ok(())
+}
+
+fn record(id: &str, bundle: &Bundle, cgroup: Cgroup) -> Record {
+    Record {
+        id: id.to_string(),
+        oci_version: bundle.spec.version().clone(),
+        bundle: bundle.dir.clone(),
+        rootfs: bundle.rootfs.clone(),
+        annotations: bundle.spec.annotations().clone().unwrap_or_default(),
+        created: jiff::Timestamp::now().to_string(),
+        monitor: None,
+        vm: None,
+        ready: false,
+        started: false,
+        cgroup,
+        owner: nix::unistd::geteuid().as_raw(),
+    }
+}
+
+/// Makes the cgroup, clones the monitor and follows its reports until the container is there.
+fn raise(context: &Context, born: &mut Born, plan: Plan, signals: Option<&SignalFd>) -> Result<()> {
+    let entry = born.entry.as_ref().context("the container's directory")?;
+    born.record.cgroup.make()?;
+    entry.make_vm_dir()?;
+    let handle = monitor::spawn(plan, entry.dir(), &born.record.cgroup)?;
+    context.log.debug("monitor cloned");
+    born.record.monitor = ProcessId::of(handle.pid);
+    let handle = born.handle.insert(handle);
+    entry.save(&born.record)?;
+    loop {
+        await_report(handle, signals)?;
+        match handle.report()? {
+            (Report::Vmm, pid) => {
+                context.log.debug("VMM started");
+                born.record.vm = pid.and_then(ProcessId::of);
+                entry.save(&born.record)?;
+            }
+            (Report::Phase(text), _) => context.log.debug(&text),
+            (Report::Ready, _) => return Ok(()),
+            (Report::Failed(text), _) => return Err(anyhow!(text)),
+        }
+    }
+}
+
+fn await_report(handle: &Handle, signals: Option<&SignalFd>) -> Result<()> {
+    let Some(signals) = signals else { return Ok(()) };
+    let mut fds =
+        [PollFd::new(handle.channel(), PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+    loop {
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("poll"),
+        }
+        if fds[0].any().unwrap_or(false) {
+            return Ok(());
+        }
+        while let Ok(Some(info)) = signals.read_signal() {
+            let signal = info.ssi_signo as i32;
+            if [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&signal) {
+                bail!("given up: signal {signal}");
+            }
+        }
+    }
+}

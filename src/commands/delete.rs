@@ -1,0 +1,71 @@
+//! `delete`: nothing of the container is left. Never waits for a guest.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::Context;
+use crate::cli;
+use crate::store::{Entry, Error, Record, Status};
+use crate::vmm;
+
+/// How long a killed monitor may take to be gone. The kernel frees a VM's memory before it is.
+const GONE: Duration = Duration::from_secs(3);
+
+/// The verb.
+pub fn delete(context: &Context, args: &cli::Delete) -> Result<i32> {
+    let entry = match context.store.open(&args.id) {
+        Err(error) if args.force && matches!(error.downcast_ref(), Some(Error::NotFound)) => return Ok(0),
+        entry => entry?,
+    };
+    let record = match entry.read() {
+        Ok(record) => record,
+        // `create` died before it wrote anything: its directory is all there is.
+        Err(error) if matches!(error.downcast_ref(), Some(Error::NotFound)) => {
+            entry.remove()?;
+            return if args.force { Ok(0) } else { Err(Error::NotFound.into()) };
+        }
+        Err(_) if args.force => {
+            entry.remove()?;
+            return Ok(0);
+        }
+        Err(error) => return Err(error),
+    };
+    match record.status() {
+        Status::Stopped | Status::Created => {}
+        _ if args.force => {}
+        status => bail!("cannot delete container {} that is not stopped: {status}", args.id),
+    }
+    remove(entry, &record)?;
+    Ok(0)
+}
+
+/// Ends what still runs and removes every trace.
+pub fn remove(entry: Entry, record: &Record) -> Result<()> {
+    if let Some(monitor) = record.monitor.filter(|monitor| monitor.is_alive()) {
+        if let Ok(pidfd) = vmm::pidfd_open(monitor.pid) {
+            // The number could have been given to another process between the look and the open.
+            if monitor.is_alive() {
+                vmm::kill(pidfd.as_fd());
+                thaw(record);
+                let timeout = PollTimeout::try_from(GONE).unwrap_or(PollTimeout::MAX);
+                let _ = poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout);
+            }
+        }
+        if monitor.is_alive() {
+            bail!("container {} cannot be killed: pid {} does not end", record.id, monitor.pid);
+        }
+    }
+    record.cgroup.kill();
+    record.cgroup.remove();
+    entry.remove()
+}
+
+/// cgroup v1 keeps even a SIGKILL waiting while it is frozen.
+fn thaw(record: &Record) {
+    if record.cgroup.is_frozen() {
+        let _ = record.cgroup.freeze(false);
+    }
+}

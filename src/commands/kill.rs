@@ -1,0 +1,114 @@
+//! `kill`: a signal for the workload. SIGKILL works whatever state the guest is in.
+
+use std::time::Duration;
+
+use a3s_box_proto::{Outcome, Request, Target};
+use anyhow::{Context as _, Result, bail};
+use nix::errno::Errno;
+
+use super::{Context, start};
+use crate::cli;
+use crate::guest;
+use crate::store::{ProcessId, Record, Status};
+
+/// A guest that has not taken a SIGKILL by then does not get another chance.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// The verb.
+pub fn kill(context: &Context, args: &cli::Kill) -> Result<i32> {
+    let record = context.store.read(&args.id)?;
+    let signal = parse(&args.signal)?;
+    match record.status() {
+        Status::Stopped if args.all => Ok(0),
+        Status::Stopped => bail!("container not running"),
+        // A frozen guest answers nobody. The monitor keeps the signal until it thaws; SIGKILL ends it at once.
+        Status::Paused => signal_monitor(&record, signal).map(|()| 0),
+        Status::Creating if signal == libc::SIGKILL => signal_monitor(&record, signal).map(|()| 0),
+        Status::Creating => bail!("container is still being created"),
+        Status::Created | Status::Running => {
+            let dir = context.store.path(&args.id)?;
+            let target = if args.all { Target::All } else { Target::Init };
+            let wait = if signal == libc::SIGKILL { GRACE } else { guest::ANSWER };
+            let asked = start::connect(&dir, &record).and_then(|mut connection| {
+                connection.call(&Request::Signal { container: record.id.clone(), signal, target }, wait)
+            });
+            settle(&record, signal, args.all, asked)
+        }
+    }
+}
+
+fn settle(record: &Record, signal: i32, all: bool, asked: Result<Outcome>) -> Result<i32> {
+    match asked {
+        Ok(Outcome::Done) => Ok(0),
+        Ok(Outcome::NotFound | Outcome::AlreadyExited) if all => Ok(0),
+        Ok(Outcome::NotFound | Outcome::AlreadyExited) => bail!("container not running"),
+        Ok(Outcome::Failed { text }) => bail!("kill: {}", guest::clean(&text)),
+        Ok(other) => bail!("kill: the guest answered {other:?}"),
+        Err(_) if signal == libc::SIGKILL => signal_monitor(record, signal).map(|()| 0),
+        Err(_) if record.status() == Status::Stopped => bail!("container not running"),
+        Err(error) => Err(error),
+    }
+}
+
+fn signal_monitor(record: &Record, signal: i32) -> Result<()> {
+    let Some(ProcessId { pid, .. }) = record.monitor.filter(|monitor| monitor.is_alive()) else {
+        bail!("container not running")
+    };
+    // SAFETY: kill takes plain numbers and touches no memory of ours.
+    match Errno::result(unsafe { libc::kill(pid, signal) }) {
+        Ok(_) => Ok(()),
+        Err(Errno::ESRCH) => bail!("container not running"),
+        Err(errno) => Err(errno).context("signal the monitor"),
+    }
+}
+
+/// A number from 0 to 64, or a name with or without SIG, RTMIN+n and RTMAX-n included.
+fn parse(text: &str) -> Result<i32> {
+    if let Ok(number) = text.parse::<i32>() {
+        if (0..=64).contains(&number) {
+            return Ok(number);
+        }
+        bail!("unknown signal {text:?}");
+    }
+    let name = text.to_uppercase();
+    let name = name.strip_prefix("SIG").unwrap_or(&name);
+    if let Ok(signal) = format!("SIG{name}").parse::<nix::sys::signal::Signal>() {
+        return Ok(signal as i32);
+    }
+    let offset = |rest: &str| if rest.is_empty() { Some(0) } else { rest.get(1..)?.parse::<i32>().ok() };
+    let number = match (name.strip_prefix("RTMIN"), name.strip_prefix("RTMAX")) {
+        (Some(rest), _) if rest.is_empty() || rest.starts_with('+') => offset(rest).map(|n| 34 + n),
+        (_, Some(rest)) if rest.is_empty() || rest.starts_with('-') => offset(rest).map(|n| 64 - n),
+        _ => None,
+    };
+    match number {
+        Some(number) if (34..=64).contains(&number) => Ok(number),
+        _ => bail!("unknown signal {text:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse;
+
+    #[test]
+    fn names_and_numbers() {
+        for (text, number) in [
+            ("9", 9),
+            ("KILL", 9),
+            ("SIGTERM", 15),
+            ("term", 15),
+            ("sigusr1", 10),
+            ("64", 64),
+            ("0", 0),
+            ("RTMIN", 34),
+            ("SIGRTMIN+3", 37),
+            ("rtmax-1", 63),
+        ] {
+            assert_eq!(parse(text).unwrap(), number, "{text}");
+        }
+        for text in ["65", "-9", "", "SIG", "NOPE", "RTMIN+99", "RTMIN-1", "9x"] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+    }
+}

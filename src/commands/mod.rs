@@ -1,0 +1,107 @@
+//! One file a verb: each strings the modules below together and prints what the caller reads.
+
+mod check;
+mod create;
+mod delete;
+mod exec;
+mod features;
+mod kill;
+mod list;
+mod pause;
+mod ps;
+mod run;
+mod spec;
+mod start;
+mod state;
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::cli::{CgroupManager, Cli, Command, Global};
+use crate::log::Log;
+use crate::store::Store;
+
+/// What every verb may need.
+pub struct Context {
+    store: Store,
+    log: Log,
+    cgroup_manager: CgroupManager,
+}
+
+/// Runs one command and returns its exit status: 0, 1, for `exec` 255, for foreground processes their own.
+pub fn run(cli: Cli) -> u8 {
+    let failure = if matches!(cli.command, Command::Exec(_)) { 255 } else { 1 };
+    let log = match Log::open(&cli.global) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("a3s-box: {error:#}");
+            return failure;
+        }
+    };
+    if cli.global.version {
+        return u8::from(write_out(&version()).is_err());
+    }
+    let context = Context { store: Store::new(root(&cli.global)), log, cgroup_manager: cgroup_manager(&cli.global) };
+    match dispatch(&context, cli.command) {
+        Ok(status) => status as u8,
+        Err(error) => {
+            context.log.error(&format!("{error:#}"));
+            failure
+        }
+    }
+}
+
+fn dispatch(context: &Context, command: Command) -> Result<i32> {
+    match command {
+        Command::Create(args) => create::create(context, &args),
+        Command::Start(args) => start::start(context, &args.id),
+        Command::Run(args) => run::run(context, &args),
+        Command::State(args) => state::state(context, &args.id),
+        Command::Kill(args) => kill::kill(context, &args),
+        Command::Delete(args) => delete::delete(context, &args),
+        Command::Exec(args) => exec::exec(context, &args),
+        Command::List(args) => list::list(context, &args),
+        Command::Ps(args) => ps::ps(context, &args),
+        Command::Pause(args) => pause::pause(context, &args.id),
+        Command::Resume(args) => pause::resume(context, &args.id),
+        Command::Spec(args) => spec::spec(&args),
+        Command::Features => features::features(),
+        Command::Check(args) => check::check(&args),
+        Command::Checkpoint(_) => bail!("checkpoint is not supported: a microVM cannot be checkpointed"),
+        Command::Restore(_) => bail!("restore is not supported: a microVM cannot be restored"),
+    }
+}
+
+/// Root's directory, or a user's own. An empty XDG_RUNTIME_DIR is no XDG_RUNTIME_DIR: podman passes one as root.
+fn root(global: &Global) -> PathBuf {
+    let own = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+    match (&global.root, own) {
+        (Some(root), _) => root.clone(),
+        (None, Some(dir)) if !nix::unistd::geteuid().is_root() => PathBuf::from(dir).join("a3s-box"),
+        (None, _) => PathBuf::from("/run/a3s-box"),
+    }
+}
+
+fn cgroup_manager(global: &Global) -> CgroupManager {
+    let by_flag = if global.systemd_cgroup { CgroupManager::Systemd } else { CgroupManager::Cgroupfs };
+    global.cgroup_manager.unwrap_or(by_flag)
+}
+
+/// Version, commit, spec and libraries, in runc's form.
+pub fn version() -> String {
+    format!(
+        "a3s-box version {}\ncommit: {}\nspec: {}\nlibkrun: {}\n",
+        env!("CARGO_PKG_VERSION"),
+        env!("A3S_BOX_COMMIT"),
+        features::SPEC_VERSION,
+        crate::vmm::library(),
+    )
+}
+
+/// Writes a document to standard output.
+fn write_out(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("write to standard output")
+}

@@ -1,0 +1,64 @@
+//! `run`: create, start, and in the foreground wait, forward signals, clean up.
+
+use std::os::fd::AsFd;
+
+use anyhow::{Context as _, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signalfd::SignalFd;
+
+use super::{Context, create, delete, start};
+use crate::cli;
+use crate::monitor::{Handle, LAST_MESSAGE};
+use crate::relay;
+use crate::vmm;
+
+/// The verb.
+pub fn run(context: &Context, args: &cli::Run) -> Result<i32> {
+    let signals = relay::take_signals()?;
+    let born = create::birth(context, &args.create, Some(&signals))?;
+    let (mut record, handle) = born.start(start::release)?;
+    context.log.debug("started");
+    if args.detach {
+        return Ok(0);
+    }
+    let status = wait(&handle, &signals)?;
+    context.log.debug("ended");
+    let entry = context.store.open(&record.id)?;
+    if let Ok(message) = std::fs::read_to_string(entry.dir().join(LAST_MESSAGE))
+        && !message.is_empty()
+    {
+        context.log.error(&message);
+    }
+    if !args.keep {
+        record.monitor = None;
+        delete::remove(entry, &record)?;
+    }
+    Ok(status)
+}
+
+/// Waits for the monitor, which does the relaying; what signals come meanwhile are the container's.
+fn wait(handle: &Handle, signals: &SignalFd) -> Result<i32> {
+    let pidfd = vmm::pidfd_open(handle.pid)?;
+    loop {
+        let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("poll"),
+        }
+        if fds[0].any().unwrap_or(false) {
+            return handle.wait();
+        }
+        while let Ok(Some(info)) = signals.read_signal() {
+            let signal = info.ssi_signo as i32;
+            if signal == libc::SIGTSTP {
+                // The terminal stops this process; the container goes on, as one that runs elsewhere would.
+                nix::sys::signal::raise(nix::sys::signal::Signal::SIGSTOP).context("stop")?;
+                continue;
+            }
+            // SAFETY: kill takes plain numbers; the pid is our own child's, not yet waited for.
+            if unsafe { libc::kill(handle.pid, signal) } < 0 {
+                bail!("forward signal {signal}: {}", nix::errno::Errno::last());
+            }
+        }
+    }
+}

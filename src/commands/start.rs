@@ -1,0 +1,44 @@
+//! `start`: the created container's process runs.
+
+use anyhow::{Result, bail};
+
+use super::Context;
+use crate::guest::{self, Connection};
+use crate::store::{Entry, Record, Status, VM_DIR};
+use a3s_box_proto::{Outcome, Request};
+
+/// The verb.
+pub fn start(context: &Context, id: &str) -> Result<i32> {
+    let entry = context.store.open(id)?;
+    let mut record = entry.read()?;
+    release(&entry, &mut record)?;
+    context.log.debug("started");
+    Ok(0)
+}
+
+/// Has the guest start the process, and notes that it did.
+pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
+    match record.status() {
+        Status::Created => {}
+        Status::Running => bail!("cannot start an already running container"),
+        Status::Stopped => bail!("cannot start a container that has stopped"),
+        Status::Paused => bail!("cannot start a paused container"),
+        Status::Creating => bail!("cannot start a container that is still being created"),
+    }
+    let mut connection = connect(entry.dir(), record)?;
+    match connection.call(&Request::Start { container: record.id.clone() }, guest::ANSWER)? {
+        Outcome::Done => {}
+        Outcome::Failed { text } => bail!("unable to start container process: {}", guest::clean(&text)),
+        Outcome::NotFound | Outcome::AlreadyExited => bail!("cannot start a container that has stopped"),
+        Outcome::Busy { reason } => bail!("{}", guest::clean(&reason)),
+        other => bail!("the guest did not start the container: {other:?}"),
+    }
+    record.started = true;
+    entry.save(record)
+}
+
+/// Connects to the guest that a container lives in.
+pub fn connect(dir: &std::path::Path, record: &Record) -> Result<Connection> {
+    let Some(vm) = record.vm.filter(|vm| vm.is_alive()) else { bail!("container not running") };
+    Connection::open(&dir.join(VM_DIR), vm.pid)
+}

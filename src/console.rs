@@ -1,0 +1,125 @@
+//! The guest's console: drained from a FIFO into a bounded file.
+//!
+//! The guest kernel, guest-init and libkrun itself write to the FIFO; whoever holds the VM drains it. In: bytes that
+//! a hostile guest chose. Out: the last of them in a file, its closing lines for an error. Must not: grow without
+//! bound, or keep the VM waiting.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::sys::stat::Mode;
+
+/// Name of the FIFO in the VM's directory.
+pub const FIFO: &str = "console";
+/// Name of the file in the VM's directory.
+pub const LOG: &str = "console.log";
+/// The file holds at least the last half of this many bytes, and never more than all.
+const BOUND: usize = 256 << 10;
+
+/// The reading end and the file.
+pub struct Console {
+    fifo: OwnedFd,
+    log: File,
+    kept: Vec<u8>,
+}
+
+impl Console {
+    /// Makes the FIFO and the file in the VM's directory and opens both.
+    pub fn create(dir: &Path) -> Result<Self> {
+        let path = dir.join(FIFO);
+        nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600)).context("make the console FIFO")?;
+        let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+        // Read and write, so that a writer's leaving is no end of file.
+        let fifo = File::options().read(true).write(true).custom_flags(flags).open(&path).context("open the console")?;
+        let log = File::options().create_new(true).write(true).mode(0o600).open(dir.join(LOG)).context("console log")?;
+        Ok(Console { fifo: fifo.into(), log, kept: Vec::new() })
+    }
+
+    /// A writing end, for the VMM's own standard output and error.
+    pub fn writer(dir: &Path) -> Result<OwnedFd> {
+        let file = File::options().read(true).write(true).open(dir.join(FIFO)).context("open the console")?;
+        Ok(file.into())
+    }
+
+    /// Takes what is there. True once `marker` has been seen.
+    pub fn drain(&mut self, marker: &str) -> bool {
+        let mut buffer = [0u8; 16 << 10];
+        loop {
+            match nix::unistd::read(&self.fifo, &mut buffer) {
+                Ok(n @ 1..) => self.keep(&buffer[..n]),
+                Err(Errno::EINTR) => {}
+                Ok(_) | Err(_) => break,
+            }
+        }
+        String::from_utf8_lossy(&self.kept).contains(marker)
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        self.kept.extend_from_slice(bytes);
+        if self.kept.len() <= BOUND {
+            let _ = self.log.write_all(bytes);
+            return;
+        }
+        self.kept.drain(..self.kept.len() - BOUND / 2);
+        let _ = self.log.set_len(0).and_then(|()| self.log.seek(SeekFrom::Start(0)));
+        let _ = self.log.write_all(&self.kept);
+    }
+
+    /// The last lines, fit to be shown.
+    pub fn last_words(&self) -> String {
+        last_lines(&self.kept)
+    }
+}
+
+impl AsFd for Console {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fifo.as_fd()
+    }
+}
+
+/// The last lines of a console log, joined into one.
+fn last_lines(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let mut lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).rev().take(5).collect();
+    lines.reverse();
+    crate::guest::clean(&lines.join(" | "))
+}
+
+/// The last lines of the log in a VM's directory; empty where there is none.
+pub fn last_words_of(dir: &Path) -> String {
+    let mut bytes = Vec::new();
+    if let Ok(file) = File::open(dir.join(LOG)) {
+        let _ = file.take(BOUND as u64).read_to_end(&mut bytes);
+    }
+    last_lines(&bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_keeps_its_end_and_stays_bounded() {
+        let dir = std::env::temp_dir().join(format!("a3s-box-console-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let mut console = Console::create(&dir).unwrap();
+        let mut writer = File::from(Console::writer(&dir).unwrap());
+        for n in 0..20_000 {
+            writer.write_all(format!("line {n} of a guest that talks too much\n").as_bytes()).unwrap();
+            if n % 100 == 0 {
+                console.drain("never said");
+            }
+        }
+        writer.write_all(b"panic: the end\n").unwrap();
+        assert!(console.drain("the end"));
+        assert!(std::fs::metadata(dir.join(LOG)).unwrap().len() <= BOUND as u64);
+        assert!(console.last_words().ends_with("panic: the end"));
+        assert!(last_words_of(&dir).ends_with("panic: the end"));
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+}

@@ -1,0 +1,179 @@
+//! The client's end of the control channel.
+//!
+//! In: a container's VM directory and the vmm that owns its socket. Out: a greeted [`Connection`], typed outcomes.
+//! Must not: wait without a deadline, or trust a socket that is not the recorded vmm's.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use a3s_box_proto::{self as proto, Decoder, Frame, Greeting, Outcome, Reply, Request, pack, unpack};
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::socket::{getsockopt, sockopt};
+
+/// Name of the control socket in a VM's directory.
+pub const SOCKET: &str = "control.sock";
+/// How long the guest may take to answer; it does nothing that takes long before it does.
+pub const ANSWER: Duration = Duration::from_secs(10);
+
+/// A connection to guest-init.
+pub struct Connection {
+    stream: UnixStream,
+    decoder: Decoder,
+    /// What the guest said first.
+    pub greeting: Greeting,
+}
+
+/// Nobody greets there (yet): the guest is still booting, or gone.
+#[derive(Debug)]
+pub struct NotReady;
+
+impl fmt::Display for NotReady {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the guest does not answer")
+    }
+}
+
+impl std::error::Error for NotReady {}
+
+impl Connection {
+    /// Connects to the VM whose directory is `dir`; `vmm` is the host pid that must own the socket.
+    pub fn open(dir: &Path, vmm: i32) -> Result<Self> {
+        use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let dir = std::fs::File::options().read(true).custom_flags(flags).open(dir).context("open the VM's directory")?;
+        // By way of the descriptor: no path grows beyond sun_path's 108 bytes, no component can be swapped.
+        let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
+        let kind = std::fs::symlink_metadata(&path).map_err(|_| NotReady)?.file_type();
+        if !kind.is_socket() {
+            bail!("the control socket is not a socket");
+        }
+        let connection = Self::greet(UnixStream::connect(&path).map_err(|_| NotReady)?, ANSWER)?;
+        let peer = getsockopt(&connection.stream, sockopt::PeerCredentials).context("peer credentials")?.pid();
+        if peer != vmm {
+            bail!("the control socket belongs to pid {peer}, not to the VM's {vmm}");
+        }
+        Ok(connection)
+    }
+
+    /// Takes a fresh connection and waits for the greeting.
+    pub fn greet(stream: UnixStream, wait: Duration) -> Result<Self> {
+        let blank = Greeting { version: 0, kernel: String::new(), uptime_us: 0 };
+        let mut connection = Connection { stream, decoder: Decoder::default(), greeting: blank };
+        match connection.reply(Instant::now() + wait) {
+            Ok(Reply::Greeting(greeting)) if greeting.version == proto::VERSION => connection.greeting = greeting,
+            Ok(Reply::Greeting(greeting)) => {
+                bail!("the guest speaks protocol version {}, this a3s-box {}", greeting.version, proto::VERSION)
+            }
+            Ok(_) => bail!("the guest did not greet"),
+            Err(_) => return Err(NotReady.into()),
+        }
+        Ok(connection)
+    }
+
+    /// Sends a request and waits for its outcome.
+    pub fn call(&mut self, request: &Request, wait: Duration) -> Result<Outcome> {
+        self.send(request)?;
+        match self.reply(Instant::now() + wait).context("the guest's answer")? {
+            Reply::Outcome(outcome) => Ok(outcome),
+            other => Err(anyhow!("the guest answered out of turn: {other:?}")),
+        }
+    }
+
+    /// Sends a request; its outcome comes as a frame.
+    pub fn send(&mut self, request: &Request) -> Result<()> {
+        let frame = pack(request).map_err(|text| anyhow!(text))?;
+        self.push(&frame).context("send to the guest")
+    }
+
+    /// Sends a frame.
+    pub fn push(&mut self, frame: &Frame) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        frame.encode(&mut bytes);
+        self.stream.set_write_timeout(Some(ANSWER))?;
+        self.stream.write_all(&bytes)
+    }
+
+    /// Reads once. False means that the guest is gone.
+    pub fn receive(&mut self) -> io::Result<bool> {
+        let mut buffer = [0u8; 64 << 10];
+        match self.stream.read(&mut buffer) {
+            Ok(0) => Ok(false),
+            Ok(n) => {
+                self.decoder.push(&buffer[..n]);
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The next whole frame received.
+    pub fn next_frame(&mut self) -> Result<Option<Frame>> {
+        Ok(self.decoder.next_frame()?)
+    }
+
+    fn reply(&mut self, deadline: Instant) -> Result<Reply> {
+        loop {
+            match self.next_frame()? {
+                Some(Frame::Message(body)) => return unpack(&body).map_err(|text| anyhow!("not understood: {text}")),
+                Some(_) => continue,
+                None => {}
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("timed out");
+            }
+            self.stream.set_read_timeout(Some(left))?;
+            if !self.receive()? {
+                bail!("the guest closed the connection");
+            }
+        }
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// A guest's text made fit for a terminal or a log: one line, no control characters, bounded.
+pub fn clean(text: &str) -> String {
+    const LONGEST: usize = 2000;
+    let shown = text.trim_end().chars().take(LONGEST);
+    shown.map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_text_cannot_drive_a_terminal() {
+        assert_eq!(clean("no\x1b[2Jtrick\n"), "no\u{fffd}[2Jtrick");
+        assert_eq!(clean(&"x".repeat(5000)).len(), 2000);
+    }
+
+    #[test]
+    fn a_connection_that_closes_before_greeting_is_not_ready() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let error = Connection::greet(ours, Duration::from_secs(1)).err().unwrap();
+        assert!(error.is::<NotReady>());
+    }
+
+    #[test]
+    fn another_protocol_version_is_named() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let greeting = Reply::Greeting(Greeting { version: 99, kernel: "k".into(), uptime_us: 0 });
+        let mut bytes = Vec::new();
+        pack(&greeting).unwrap().encode(&mut bytes);
+        theirs.write_all(&bytes).unwrap();
+        let text = Connection::greet(ours, Duration::from_secs(1)).err().unwrap().to_string();
+        assert!(text.contains("version 99"), "{text}");
+    }
+}

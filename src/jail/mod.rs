@@ -1,0 +1,161 @@
+//! What the long-lived processes may see and do.
+//!
+//! The vmm's root holds the exported tree, its own socket directory and the few nodes that libkrun opens; a guest that
+//! breaks out lands there. Monitors and exec relays give up every privilege before the first byte from a guest.
+
+pub mod tree;
+
+use std::collections::HashSet;
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use a3s_box_mount::{Kind, Root, attach, clone_tree, errno_words, file_system, open_path, set_attributes};
+use anyhow::{Context, Result, anyhow};
+use caps::CapSet;
+use libseccomp::{ScmpAction, ScmpFilterContext, ScmpSyscall};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+
+use tree::Export;
+
+/// Paths inside the vmm's jail.
+pub const EXPORT: &str = "/export";
+/// The VM's directory: control socket and console.
+pub const RUN: &str = "/run";
+
+/// The vmm's future root, built while the host's is still there.
+pub struct Jail {
+    root: OwnedFd,
+}
+
+impl Jail {
+    /// Moves to a mount namespace of its own and makes the root on `anchor`, a directory that it hides there.
+    /// `run` becomes [`RUN`], each of `devices` is bound at its own path.
+    pub fn build(anchor: &Path, run: &Path, devices: &[&str]) -> Result<Self> {
+        unshare(CloneFlags::CLONE_NEWNS).context("mount namespace")?;
+        make_private()?;
+        let options = ["mode=0700".into(), "size=1m".into(), "nr_inodes=4096".into()];
+        let base = file_system("tmpfs", "jail", &options, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV)?;
+        let open = |path: &Path| open_path(path).map_err(|e| anyhow!("{}: {}", path.display(), errno_words(e)));
+        let run = clone_tree(open(run)?, false).context("the VM's directory")?;
+        attach(&base, open(anchor)?).context("attach the jail's root")?;
+        nix::unistd::fchdir(&base).context("enter the jail's root")?;
+        let root = Root::current_dir()?;
+        // The guest's root: mount points for its own file systems, and a place for each container.
+        for dir in ["export/dev", "export/proc", "export/sys", "export/tmp"] {
+            root.place(Path::new(dir), Kind::Directory)?;
+        }
+        attach(run, root.place(Path::new(RUN), Kind::Directory)?)?;
+        // libkrun reopens files by /proc/self/fd; no other part of procfs is needed or wanted.
+        bind(&root, "/proc/self/fd", Kind::Directory)?;
+        for device in devices {
+            bind(&root, device, Kind::File)?;
+        }
+        Ok(Jail { root: base })
+    }
+
+    /// Attaches a container's mounts below the exported tree.
+    pub fn attach(&self, exports: Vec<Export>) -> Result<()> {
+        let root = Root::current_dir()?;
+        for export in exports {
+            let kind = if export.is_dir { Kind::Directory } else { Kind::File };
+            let path = PathBuf::from(EXPORT).join(&export.place);
+            attach(export.mount, root.place(&path, kind)?).with_context(|| format!("export {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Makes it the root, read-only, with nothing else of the host in reach.
+    pub fn enter(self) -> Result<()> {
+        nix::unistd::fchdir(&self.root).context("enter the jail's root")?;
+        nix::unistd::pivot_root(".", ".").context("pivot_root")?;
+        umount2(".", MntFlags::MNT_DETACH).context("detach the host's root")?;
+        std::env::set_current_dir("/").context("enter the jail")?;
+        let root = open_path(Path::new("/")).map_err(|e| anyhow!("open the jail's root: {e}"))?;
+        set_attributes(root, libc::MOUNT_ATTR_RDONLY, false)
+    }
+}
+
+fn bind(root: &Root, path: &str, kind: Kind) -> Result<()> {
+    let source = open_path(Path::new(path)).map_err(|e| anyhow!("{path}: {}", errno_words(e)))?;
+    let place = root.place(Path::new(path), kind)?;
+    clone_tree(source, false).and_then(|tree| attach(tree, place)).with_context(|| format!("bind {path}"))
+}
+
+/// Keeps mounts made from here on to this namespace.
+pub fn make_private() -> Result<()> {
+    let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).context("make mounts private")
+}
+
+/// Closes every descriptor from 3 up that is not listed. For a process that was cloned and goes on without exec:
+/// what its parent held (locks above all) must not live on in it.
+pub fn keep_only(wanted: &[RawFd]) {
+    let wanted: HashSet<RawFd> = wanted.iter().copied().collect();
+    let mut kept: Vec<RawFd> = wanted.into_iter().filter(|fd| *fd > 2).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for fd in kept.into_iter().map(|fd| fd as u32).chain([u32::MAX]) {
+        if fd > first {
+            // SAFETY: the owners of these numbers live in code of the parent's that this process never returns to.
+            unsafe { libc::close_range(first, if fd == u32::MAX { fd } else { fd - 1 }, 0) };
+        }
+        first = fd.saturating_add(1);
+    }
+}
+
+/// Raises limits that libkrun needs high: a descriptor for every inode the guest knows, locked memory for KVM.
+pub fn raise_limits() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    for resource in [Resource::RLIMIT_NOFILE, Resource::RLIMIT_MEMLOCK] {
+        if let Ok((_, hard)) = getrlimit(resource) {
+            // The hard limit is as far as it goes without privilege.
+            let _ = setrlimit(resource, hard, hard);
+        }
+    }
+}
+
+/// Gives up capabilities and the way to new ones.
+pub fn drop_privileges() -> Result<()> {
+    nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
+    let supported = caps::runtime::procfs_all_supported(None).context("capabilities")?;
+    // Without CAP_SETPCAP the bounding set stays, and means nothing: no_new_privs bars every gain.
+    if caps::has_cap(None, CapSet::Effective, caps::Capability::CAP_SETPCAP).unwrap_or(false) {
+        for capability in supported {
+            caps::drop(None, CapSet::Bounding, capability).context("drop from the bounding set")?;
+        }
+    }
+    for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
+        caps::clear(None, set).with_context(|| format!("clear capabilities ({set:?})"))?;
+    }
+    Ok(())
+}
+
+/// System calls of a process that only moves bytes between descriptors it has, and dials the guest.
+const RELAY: &[&str] = &[
+    "read", "write", "readv", "writev", "pread64", "pwrite64", "lseek", "ftruncate", "close", "poll", "ppoll",
+    "recvfrom", "recvmsg", "sendto", "sendmsg", "shutdown", "socket", "connect", "getsockopt", "setsockopt",
+    "getpeername", "fstat", "newfstatat", "statx", "fcntl", "ioctl", "futex", "exit", "exit_group",
+    "wait4", "waitid", "kill", "tgkill", "tkill", "pidfd_send_signal", "rt_sigaction", "rt_sigprocmask",
+    "rt_sigreturn", "sigaltstack", "restart_syscall", "mmap", "munmap", "mremap", "mprotect", "madvise", "brk",
+    "getpid", "gettid", "getuid", "geteuid", "getrandom", "clock_gettime", "clock_nanosleep", "nanosleep",
+    "sched_yield", "sched_getaffinity", "set_robust_list", "rseq", "prctl", "eventfd2",
+];
+
+/// Allows [`RELAY`] alone. Before the first byte from the guest: a parser's bug must not be worth much.
+pub fn confine_relay() -> Result<()> {
+    let mut filter = ScmpFilterContext::new(ScmpAction::Errno(libc::EPERM)).context("seccomp filter")?;
+    for name in RELAY {
+        if let Ok(syscall) = ScmpSyscall::from_name(name) {
+            filter.add_rule(ScmpAction::Allow, syscall).with_context(|| format!("seccomp rule for {name}"))?;
+        }
+    }
+    // clone3's flags lie in memory that a filter cannot see; glibc falls back to clone, whose flags can be seen.
+    let clone3 = ScmpSyscall::from_name("clone3").context("seccomp rule for clone3")?;
+    filter.add_rule(ScmpAction::Errno(libc::ENOSYS), clone3).context("seccomp rule for clone3")?;
+    let clone = ScmpSyscall::from_name("clone").context("seccomp rule for clone")?;
+    let thread = libc::CLONE_THREAD as u64;
+    let is_thread = libseccomp::ScmpArgCompare::new(0, libseccomp::ScmpCompareOp::MaskedEqual(thread), thread);
+    filter.add_rule_conditional(ScmpAction::Allow, clone, &[is_thread]).context("seccomp rule for clone")?;
+    filter.load().context("load the seccomp filter")
+}

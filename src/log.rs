@@ -1,0 +1,80 @@
+//! The one voice: stderr for people, `--log` for engines.
+//!
+//! Callers parse both: stderr stays silent on success, the log gets one record an error, and nothing but errors at
+//! level error. In: messages. Out: lines. Must not: fail a command because a message cannot be written.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::cli::{Global, LogFormat};
+
+/// Where messages go.
+pub struct Log {
+    file: Option<File>,
+    format: LogFormat,
+    debug: bool,
+    start: Instant,
+}
+
+impl Log {
+    /// Opens the log file, which exists from then on even if nothing is said.
+    pub fn open(global: &Global) -> Result<Self> {
+        let file = match &global.log {
+            Some(path) => {
+                let file = File::options().create(true).append(true).mode(0o644).open(path);
+                Some(file.map_err(crate::bundle::words).with_context(|| format!("open log {}", path.display()))?)
+            }
+            None => None,
+        };
+        let debug = global.debug || global.log_level.as_deref().is_some_and(|level| level.eq_ignore_ascii_case("debug"));
+        Ok(Log { file, format: global.log_format, debug, start: Instant::now() })
+    }
+
+    /// Why the command failed. Once a command.
+    pub fn error(&self, message: &str) {
+        eprintln!("a3s-box: {message}");
+        self.record("error", message);
+    }
+
+    /// Something is not as asked, and need not be. To the log alone where there is one.
+    pub fn warn(&self, message: &str) {
+        match self.file {
+            Some(_) => self.record("warning", message),
+            None => eprintln!("a3s-box: warning: {message}"),
+        }
+    }
+
+    /// What is done, with the time since the command's start.
+    pub fn debug(&self, message: &str) {
+        if !self.debug {
+            return;
+        }
+        let message = format!("{:8.3} ms  {message}", self.start.elapsed().as_secs_f64() * 1e3);
+        match self.file {
+            Some(_) => self.record("debug", &message),
+            None => eprintln!("a3s-box: {message}"),
+        }
+    }
+
+    /// Whether [`Log::debug`] says anything.
+    pub fn is_debug(&self) -> bool {
+        self.debug
+    }
+
+    fn record(&self, level: &str, message: &str) {
+        let Some(mut file) = self.file.as_ref() else { return };
+        let time = jiff::Timestamp::now();
+        let line = match self.format {
+            LogFormat::Json => {
+                let time = format!("{time:.0}");
+                format!("{}\n", serde_json::json!({"level": level, "msg": message, "time": time}))
+            }
+            LogFormat::Text => format!("time=\"{time:.0}\" level={level} msg={message:?}\n"),
+        };
+        let _ = file.write_all(line.as_bytes());
+    }
+}

@@ -1,0 +1,53 @@
+//! a3s-box: an OCI runtime in which every container runs in its own libkrun microVM.
+//!
+//! # Layout
+//! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] → [`store`].
+//! Intent into processes: [`monitor`] (the container's pid) → [`jail`], [`cgroup`] → [`vmm`] → [`krun`].
+//! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`console`].
+//! [`commands`] strings them together, one file a verb. [`log`] is the one voice.
+
+mod bundle;
+mod cgroup;
+mod cli;
+mod commands;
+mod console;
+mod guest;
+mod jail;
+#[cfg(not(feature = "local-guest"))]
+mod krun;
+#[cfg(feature = "local-guest")]
+mod local;
+mod log;
+mod monitor;
+mod plan;
+mod relay;
+mod stdio;
+mod store;
+mod support;
+mod vmm;
+
+use std::ffi::OsStr;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    if args.next().as_deref() == Some(OsStr::new(vmm::NAME)) {
+        vmm::main(args.next().and_then(|arg| arg.into_string().ok()));
+    }
+    // `-v` needs no verb, which clap would ask for.
+    let args = cli::normalize(std::env::args_os());
+    if matches!(args.get(1).and_then(|arg| arg.to_str()), Some("--version" | "-v")) && args.len() == 2 {
+        print!("{}", commands::version());
+        return ExitCode::SUCCESS;
+    }
+    let cli = match cli::Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::from(error.use_stderr()));
+        }
+    };
+    ExitCode::from(commands::run(cli))
+}

@@ -1,0 +1,361 @@
+//! The monitor: the container's pid.
+//!
+//! Pid 1 of a fresh pid namespace, so that its end is the VM's; reparented to the caller's subreaper; in the
+//! container's cgroup and its host namespaces; its root is the container. It starts the VMM, builds the tree, has the
+//! guest create the container, and then relays until the process ends. In: a [`Plan`]. Out: reports to `create`, at
+//! last an exit status. Must not: hold anything of `create`'s but the container's stdio, or keep a privilege once it
+//! talks to the guest.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use a3s_box_proto::{LISTENING, Outcome, Request};
+use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signalfd::SignalFd;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::Cgroup;
+use crate::console::Console;
+use crate::guest::{self, Connection, NotReady};
+use crate::jail::{self, tree};
+use crate::plan::{Namespace, Plan};
+use crate::relay::{self, Vm, VmDied};
+use crate::store::VM_DIR;
+use crate::vmm;
+
+/// The file in the container's directory that holds the monitor's last message.
+pub const LAST_MESSAGE: &str = "last-message";
+/// How long a guest may take from the VMM's start to its greeting.
+const BOOT: Duration = Duration::from_secs(60);
+/// How long the guest may take to build a container.
+const CREATE: Duration = Duration::from_secs(30);
+/// How often the socket is tried where the console said nothing (a kernel without one).
+const RETRY: Duration = Duration::from_millis(250);
+
+/// What a monitor tells `create`.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Report {
+    /// The VMM is there; its pidfd comes along.
+    Vmm,
+    /// A stage of the boot was reached.
+    Phase(String),
+    /// The container is created.
+    Ready,
+    /// It is not, and the monitor ends.
+    Failed(String),
+}
+
+/// `create`'s end.
+pub struct Handle {
+    /// The monitor's pid, which is the container's.
+    pub pid: i32,
+    pidfd: OwnedFd,
+    channel: OwnedFd,
+}
+
+/// Clones a monitor. `dir` is the container's directory.
+pub fn spawn(plan: Plan, dir: &Path, cgroup: &Cgroup) -> Result<Handle> {
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).context("socketpair")?;
+    let joined = Joined::open(&plan)?;
+    let namespaces = &plan.namespaces;
+    let mut flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+    for (namespace, flag) in [
+        (&namespaces.network, libc::CLONE_NEWNET),
+        (&namespaces.ipc, libc::CLONE_NEWIPC),
+        (&namespaces.uts, libc::CLONE_NEWUTS),
+    ] {
+        if *namespace == Namespace::New {
+            flags |= flag;
+        }
+    }
+    // SAFETY: without CLONE_VM and with no stack given, clone is fork; this process has one thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
+    match Errno::result(pid).context("clone the monitor")? {
+        0 => {
+            let kept: Vec<_> = joined.0.iter().map(|(_, fd)| fd.as_raw_fd()).chain([theirs.as_raw_fd()]).collect();
+            jail::keep_only(&kept);
+            let status = live(plan, dir, cgroup, joined, theirs);
+            // SAFETY: _exit takes any status and does not return; no exit handler of the parent's may run here.
+            unsafe { libc::_exit(status) }
+        }
+        pid => Ok(Handle { pid: pid as i32, pidfd: vmm::pidfd_open(pid as i32)?, channel: ours }),
+    }
+}
+
+/// Namespaces to join, opened while their paths mean what the caller meant.
+struct Joined(Vec<(CloneFlags, OwnedFd)>);
+
+impl Joined {
+    fn open(plan: &Plan) -> Result<Self> {
+        let mut joined = Vec::new();
+        for (namespace, name, kind, flag) in [
+            (&plan.namespaces.network, "network", "net", CloneFlags::CLONE_NEWNET),
+            (&plan.namespaces.ipc, "ipc", "ipc", CloneFlags::CLONE_NEWIPC),
+            (&plan.namespaces.uts, "uts", "uts", CloneFlags::CLONE_NEWUTS),
+        ] {
+            let Namespace::Join(path) = namespace else { continue };
+            let shown = format!("linux.namespaces: join {name} namespace {}", path.display());
+            let fd = File::open(path).map_err(crate::bundle::words).context(shown.clone())?;
+            if name == "network" && [1, std::process::id()].iter().any(|pid| is_namespace_of(&fd, *pid, kind)) {
+                bail!("{shown}: it is the host's, and the host's network is not supported");
+            }
+            joined.push((flag, fd.into()));
+        }
+        Ok(Joined(joined))
+    }
+
+    fn enter(self) -> Result<()> {
+        for (flag, fd) in self.0 {
+            setns(fd, flag).with_context(|| format!("linux.namespaces: join ({flag:?})"))?;
+        }
+        Ok(())
+    }
+}
+
+fn is_namespace_of(fd: &File, pid: u32, kind: &str) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let other = std::fs::metadata(format!("/proc/{pid}/ns/{kind}"));
+    fd.metadata().ok().zip(other.ok()).is_some_and(|(a, b)| (a.dev(), a.ino()) == (b.dev(), b.ino()))
+}
+
+impl Handle {
+    /// For poll.
+    pub fn channel(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+
+    /// The next report; a monitor that is gone without one has failed. [`Report::Vmm`] comes with the VMM's pid.
+    pub fn report(&self) -> Result<(Report, Option<i32>)> {
+        let mut buffer = vec![0u8; 64 << 10];
+        let mut space = nix::cmsg_space!([i32; 1]);
+        let mut slices = [std::io::IoSliceMut::new(&mut buffer)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = recvmsg::<()>(self.channel.as_raw_fd(), &mut slices, Some(&mut space), flags);
+        let message = message.context("the monitor's report")?;
+        let mut pid = None;
+        for control in message.cmsgs().context("the monitor's report")? {
+            if let ControlMessageOwned::ScmRights(fds) = control {
+                for fd in fds {
+                    // SAFETY: the kernel just installed this descriptor for us.
+                    pid = pid_of(&unsafe { OwnedFd::from_raw_fd(fd) });
+                }
+            }
+        }
+        let n = message.bytes;
+        if n == 0 {
+            bail!("the monitor ended without a word");
+        }
+        Ok((serde_json::from_slice(&buffer[..n]).context("the monitor's report")?, pid))
+    }
+
+    /// Ends the monitor, and with it the VM; returns once both are gone.
+    pub fn kill(&self) {
+        vmm::kill(self.pidfd.as_fd());
+        let _ = self.wait();
+    }
+
+    /// Waits for its end: the status as a shell shows it.
+    pub fn wait(&self) -> Result<i32> {
+        use nix::sys::wait::{WaitStatus, waitpid};
+        loop {
+            match waitpid(nix::unistd::Pid::from_raw(self.pid), None) {
+                Ok(WaitStatus::Exited(_, code)) => return Ok(code),
+                Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context("wait for the monitor"),
+            }
+        }
+    }
+}
+
+/// The pid behind a pidfd, as this process's procfs numbers it.
+fn pid_of(pidfd: &OwnedFd) -> Option<i32> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+    info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()
+}
+
+struct Reporter(OwnedFd);
+
+impl Reporter {
+    fn send(&self, report: &Report, fd: Option<BorrowedFd<'_>>) {
+        let Ok(bytes) = serde_json::to_vec(report) else { return };
+        let raw: Vec<_> = fd.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+        let slices = [std::io::IoSlice::new(&bytes)];
+        // Whoever asked may be gone; that is noticed where it matters.
+        let _ = sendmsg::<()>(self.0.as_raw_fd(), &slices, control, MsgFlags::MSG_NOSIGNAL, None);
+    }
+
+    fn phase(&self, text: &str) {
+        self.send(&Report::Phase(text.into()), None);
+    }
+}
+
+/// The monitor's life. Returns its exit status.
+fn live(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, channel: OwnedFd) -> i32 {
+    let reporter = Reporter(channel);
+    let born = prepare(plan, dir, cgroup, joined, &reporter).and_then(|mut stage| {
+        let connection = stage.create(&reporter)?;
+        Ok((stage, connection))
+    });
+    let (mut stage, connection) = match born {
+        Ok(born) => born,
+        Err(error) => {
+            reporter.send(&Report::Failed(guest::clean(&format!("{error:#}"))), None);
+            return 1;
+        }
+    };
+    reporter.send(&Report::Ready, None);
+    drop(reporter);
+    match relay::run(connection, &stage.id, &stage.signals, Some(&mut stage.vm)) {
+        Ok(status) => status.code(),
+        Err(error) => {
+            let _ = stage.last_message.write_all(guest::clean(&format!("{error:#}")).as_bytes());
+            error.downcast_ref::<VmDied>().map_or(255, |died| died.status)
+        }
+    }
+}
+
+/// What is left once the tree is built: the guest has still to create the container.
+struct Stage {
+    id: String,
+    vm: Vm,
+    signals: SignalFd,
+    last_message: File,
+    request: Request,
+}
+
+fn prepare(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, reporter: &Reporter) -> Result<Stage> {
+    nix::unistd::setsid().context("session")?;
+    cgroup.join()?;
+    joined.enter()?;
+    jail::make_private()?;
+    if plan.namespaces.uts == Namespace::New
+        && let Some(hostname) = &plan.guest.hostname
+    {
+        nix::unistd::sethostname(hostname).context("hostname")?;
+    }
+    let vm_dir = dir.join(VM_DIR);
+    let console = Console::create(&vm_dir)?;
+    let vmm = vmm::spawn(&plan.vm, &vm_dir, dir)?;
+    reporter.send(&Report::Vmm, Some(vmm.pidfd()));
+    let sources = tree::open(plan.tree)?;
+    let exports = sources.exports()?;
+    vmm.boot(&exports)?;
+    drop(exports);
+    reporter.phase("tree handed to the VMM");
+    let last_message = open_last_message(dir)?;
+    let place = open(&vm_dir)?;
+    sources.enter(&open(dir)?)?;
+    // Sockets of the VM are reached from here, whatever the root is now.
+    nix::unistd::fchdir(&place).context("enter the VM's directory")?;
+    let signals = relay::take_signals()?;
+    jail::drop_privileges()?;
+    jail::confine_relay()?;
+    let id = plan.guest.id.clone();
+    let request = Request::Create(Box::new(plan.guest));
+    Ok(Stage { id, vm: Vm { vmm, console }, signals, last_message, request })
+}
+
+fn open(path: &Path) -> Result<OwnedFd> {
+    let dir = File::open(path).map_err(crate::bundle::words);
+    Ok(dir.with_context(|| format!("open {}", path.display()))?.into())
+}
+
+fn open_last_message(dir: &Path) -> Result<File> {
+    let path: PathBuf = dir.join(LAST_MESSAGE);
+    File::options().create_new(true).write(true).mode(0o600).open(path).context("make the last message's file")
+}
+
+impl Stage {
+    /// Has the guest create the container. The connection owns it.
+    fn create(&mut self, reporter: &Reporter) -> Result<Connection> {
+        let mut connection = self.connect(reporter)?;
+        reporter.phase(&format!(
+            "guest greeted: kernel {}, {} ms after its start",
+            guest::clean(&connection.greeting.kernel),
+            connection.greeting.uptime_us / 1000
+        ));
+        match connection.call(&self.request, CREATE) {
+            Ok(Outcome::Done) => Ok(connection),
+            Ok(Outcome::Failed { text }) => bail!("unable to start container process: {}", guest::clean(&text)),
+            Ok(other) => bail!("the guest refused to create the container: {other:?}"),
+            Err(error) => Err(self.death().unwrap_or(error)),
+        }
+    }
+
+    fn connect(&mut self, reporter: &Reporter) -> Result<Connection> {
+        let deadline = Instant::now() + BOOT;
+        let mut listening = false;
+        loop {
+            self.wait(reporter)?;
+            if !listening && self.vm.console.drain(LISTENING) {
+                listening = true;
+                reporter.phase("guest-init listens");
+            }
+            match UnixStream::connect(guest::SOCKET).map_err(anyhow::Error::from).and_then(|stream| {
+                Connection::greet(stream, guest::ANSWER)
+            }) {
+                Ok(connection) => return Ok(connection),
+                Err(error) if error.is::<NotReady>() || error.is::<std::io::Error>() => {}
+                Err(error) => return Err(error),
+            }
+            if Instant::now() > deadline {
+                self.vm.console.drain("");
+                let words = self.vm.console.last_words();
+                bail!("the guest did not come up within {} s; its console said: {words:?}", BOOT.as_secs());
+            }
+        }
+    }
+
+    /// Waits for a sign of life, but not for long. Fails when the VMM or the caller is gone.
+    fn wait(&mut self, reporter: &Reporter) -> Result<()> {
+        let timeout = PollTimeout::try_from(RETRY).unwrap_or(PollTimeout::ZERO);
+        let mut fds = [
+            PollFd::new(self.vm.console.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.vm.vmm.pidfd(), PollFlags::POLLIN),
+            PollFd::new(reporter.0.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("poll"),
+        }
+        let [_, vmm, caller, signals] = fds.map(|fd| fd.any().unwrap_or(false));
+        if caller {
+            bail!("create was given up");
+        }
+        if signals
+            && let Ok(Some(info)) = self.signals.read_signal()
+            && [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&(info.ssi_signo as i32))
+        {
+            bail!("create was ended by signal {}", info.ssi_signo);
+        }
+        if vmm { Err(self.death().unwrap_or_else(|| anyhow!("the VM died"))) } else { Ok(()) }
+    }
+
+    /// What the VM died of, if it did.
+    fn death(&mut self) -> Option<anyhow::Error> {
+        let mut fds = [PollFd::new(self.vm.vmm.pidfd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).ok().filter(|n| *n > 0)?;
+        if let Some(complaint) = self.vm.vmm.complaint() {
+            return Some(complaint);
+        }
+        self.vm.console.drain("");
+        let death = self.vm.vmm.reap();
+        Some(anyhow!(relay::died(&death.how, &self.vm.console.last_words())))
+    }
+}

@@ -1,0 +1,193 @@
+//! From a trusted bundle to what is to be done.
+//!
+//! In: the bundle and its annotations. Out: a [`Plan`]: the VM's size, the tree the host assembles, the container
+//! the guest builds. Touches no file, no process, no clock.
+
+pub mod mounts;
+pub mod vm;
+
+use std::path::{Path, PathBuf};
+
+use a3s_box_proto as proto;
+use anyhow::{Context, Result, bail};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::cgroup::OWN_PARENT;
+
+pub use mounts::{Bind, Tree};
+pub use vm::Vm;
+
+/// Everything that `create` acts on. Each part moves to the stage that needs it.
+#[derive(Debug)]
+pub struct Plan {
+    /// The virtual machine.
+    pub vm: Vm,
+    /// What the host assembles for it.
+    pub tree: Tree,
+    /// Host namespaces of the monitor.
+    pub namespaces: Namespaces,
+    /// Path of the host cgroup, below the hierarchy's root.
+    pub cgroup: PathBuf,
+    /// What the guest builds.
+    pub guest: proto::Container,
+}
+
+/// A host namespace of the monitor's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Namespace {
+    /// The caller's.
+    #[default]
+    Inherit,
+    /// A new one.
+    New,
+    /// The one behind this path.
+    Join(PathBuf),
+}
+
+/// The monitor's namespaces, which engines find by its pid.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    /// `network`
+    pub network: Namespace,
+    /// `ipc`
+    pub ipc: Namespace,
+    /// `uts`
+    pub uts: Namespace,
+}
+
+/// Plans a container. `rootfs` is the absolute path of its root file system on the host.
+pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan> {
+    let namespaces = namespaces(spec)?;
+    let (tree, mounts) = mounts::plan(spec, rootfs, bundle)?;
+    let linux = spec.linux().as_ref();
+    let process = spec.process().clone().context("process: config.json has none, there is nothing to run")?;
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        bail!("process.args: config.json gives no program to run");
+    }
+    let guest = proto::Container {
+        id: id.to_string(),
+        rootfs: mounts::exported_rootfs(),
+        readonly: tree.readonly,
+        hostname: spec.hostname().clone(),
+        domainname: spec.domainname().clone(),
+        mounts,
+        limits: vm::guest_limits(spec)?,
+        masked_paths: paths(linux.and_then(|linux| linux.masked_paths().as_ref())),
+        readonly_paths: paths(linux.and_then(|linux| linux.readonly_paths().as_ref())),
+        process,
+    };
+    let cgroup = cgroup_path(id, linux.and_then(|linux| linux.cgroups_path().as_deref()))?;
+    Ok(Plan { vm: vm::plan(spec)?, tree, namespaces, cgroup, guest })
+}
+
+fn paths(list: Option<&Vec<String>>) -> Vec<PathBuf> {
+    list.into_iter().flatten().map(PathBuf::from).collect()
+}
+
+fn namespaces(spec: &Spec) -> Result<Namespaces> {
+    let mut found = Namespaces::default();
+    let mut seen = Vec::new();
+    for entry in spec.linux().iter().filter_map(|linux| linux.namespaces().as_ref()).flatten() {
+        let kind = entry.typ();
+        if seen.contains(&kind) {
+            bail!("linux.namespaces: {kind} is given twice");
+        }
+        seen.push(kind);
+        let wanted = match entry.path() {
+            Some(path) if !path.is_absolute() => bail!("linux.namespaces: path {} of {kind} is not absolute", path.display()),
+            Some(path) => Namespace::Join(path.clone()),
+            None => Namespace::New,
+        };
+        match kind {
+            LinuxNamespaceType::Network => found.network = wanted,
+            LinuxNamespaceType::Ipc => found.ipc = wanted,
+            LinuxNamespaceType::Uts => found.uts = wanted,
+            // The guest makes these of its own for every container.
+            LinuxNamespaceType::Pid | LinuxNamespaceType::Mount | LinuxNamespaceType::Cgroup if wanted == Namespace::New => {}
+            LinuxNamespaceType::Cgroup => {}
+            kind => bail!("linux.namespaces: {kind} {} is not supported", if wanted == Namespace::New { "" } else { "by path" }),
+        }
+    }
+    if found.network == Namespace::Inherit {
+        bail!("linux.namespaces: there is no network namespace, and the host's network is not supported");
+    }
+    Ok(found)
+}
+
+/// cgroupfs: an absolute path is taken as it is, a relative one lies below `/a3s-box`, as does a container without one.
+fn cgroup_path(id: &str, path: Option<&Path>) -> Result<PathBuf> {
+    let given = match path {
+        None => Path::new(OWN_PARENT).join(id),
+        Some(path) if path.as_os_str().is_empty() => Path::new(OWN_PARENT).join(id),
+        Some(path) if path.is_absolute() => path.strip_prefix("/").unwrap_or(path).to_path_buf(),
+        Some(path) => Path::new(OWN_PARENT).join(path),
+    };
+    if given.as_os_str().is_empty() || given.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
+        bail!("linux.cgroupsPath: {:?} does not name a cgroup", path.unwrap_or(Path::new("")));
+    }
+    Ok(given)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    pub fn spec(change: impl FnOnce(&mut Value)) -> Spec {
+        let mut value = json!({
+            "ociVersion": "1.2.0",
+            "process": {"cwd": "/", "args": ["sh"], "user": {"uid": 0, "gid": 0}},
+            "root": {"path": "rootfs"},
+            "linux": {"namespaces": [{"type": "network"}, {"type": "mount"}]}
+        });
+        change(&mut value);
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn planned(change: impl FnOnce(&mut Value)) -> Result<Plan> {
+        plan("c1", &spec(change), Path::new("/b/rootfs"), Path::new("/b"))
+    }
+
+    #[test]
+    fn cgroups_path_forms() {
+        let path = |text: &str| planned(|v| v["linux"]["cgroupsPath"] = json!(text)).map(|p| p.cgroup);
+        assert_eq!(path("/docker/abc").unwrap(), Path::new("docker/abc"));
+        assert_eq!(path("pod/abc").unwrap(), Path::new("a3s-box/pod/abc"));
+        assert_eq!(planned(|_| ()).unwrap().cgroup, Path::new("a3s-box/c1"));
+        for hostile in ["/", "/a/../../etc", "../x"] {
+            assert!(path(hostile).unwrap_err().to_string().contains("cgroupsPath"), "{hostile}");
+        }
+    }
+
+    #[test]
+    fn namespaces_are_made_or_joined_as_given() {
+        let plan = planned(|v| {
+            v["linux"]["namespaces"] =
+                json!([{"type": "network", "path": "/run/netns/x"}, {"type": "ipc"}, {"type": "pid"}]);
+        });
+        let namespaces = plan.unwrap().namespaces;
+        assert_eq!(namespaces.network, Namespace::Join("/run/netns/x".into()));
+        assert_eq!(namespaces.ipc, Namespace::New);
+        assert_eq!(namespaces.uts, Namespace::Inherit);
+    }
+
+    #[test]
+    fn namespaces_that_cannot_be_given_are_refused_by_name() {
+        for (list, word) in [
+            (json!([{"type": "mount"}]), "network"),
+            (json!([{"type": "network"}, {"type": "network"}]), "twice"),
+            (json!([{"type": "network"}, {"type": "pid", "path": "/proc/1/ns/pid"}]), "pid"),
+            (json!([{"type": "network"}, {"type": "user"}]), "user"),
+            (json!([{"type": "network", "path": "net"}]), "not absolute"),
+        ] {
+            let text = planned(|v| v["linux"]["namespaces"] = list).unwrap_err().to_string();
+            assert!(text.contains("linux.namespaces") && text.contains(word), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_config_without_a_program_is_refused() {
+        assert!(planned(|v| v["process"]["args"] = json!([])).unwrap_err().to_string().contains("process.args"));
+        assert!(planned(|v| v["process"] = Value::Null).unwrap_err().to_string().contains("process"));
+    }
+}

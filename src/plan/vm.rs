@@ -1,0 +1,202 @@
+//! Sizes of the VM and limits inside it, from `linux.resources` and annotations.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use oci_spec::runtime::{LinuxResources, Spec};
+use serde::{Deserialize, Serialize};
+
+/// vCPUs where nothing else says how many.
+pub const DEFAULT_VCPUS: u8 = 2;
+/// RAM in MiB where there is no memory limit.
+pub const DEFAULT_MEMORY_MIB: u32 = 2048;
+/// The guest kernel is built for this many CPUs.
+pub const MAX_VCPUS: u8 = 16;
+/// The guest kernel and guest-init do not come up with less RAM, in MiB.
+pub const MIN_MEMORY_MIB: u32 = 96;
+/// What the guest kernel and guest-init take out of the RAM, in MiB, rounded up from what was measured idle.
+pub const GUEST_OVERHEAD_MIB: u32 = 64;
+
+const MIB: i64 = 1 << 20;
+
+/// What the virtual machine is made of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub memory_mib: u32,
+    /// Where libkrunfw lies; `None` lets the dynamic linker find it.
+    pub libkrunfw: Option<PathBuf>,
+    /// Whether the VMM logs what it does.
+    pub debug: bool,
+}
+
+impl Default for Vm {
+    fn default() -> Self {
+        Vm { vcpus: DEFAULT_VCPUS, memory_mib: DEFAULT_MEMORY_MIB, libkrunfw: None, debug: false }
+    }
+}
+
+/// Sizes a VM for one container.
+pub fn plan(spec: &Spec) -> Result<Vm> {
+    let none = HashMap::new();
+    let annotations = spec.annotations().as_ref().unwrap_or(&none);
+    let resources = resources(spec);
+    let vcpus = match annotations.get("a3s.box/vcpus") {
+        Some(text) => match text.parse() {
+            Ok(n @ 1..=MAX_VCPUS) => n,
+            _ => bail!("annotation a3s.box/vcpus: {text:?} is not a number from 1 to {MAX_VCPUS}"),
+        },
+        None => vcpus(resources)?,
+    };
+    let memory_mib = match annotations.get("a3s.box/memory-mib") {
+        Some(text) => match text.parse() {
+            Ok(n) if n >= MIN_MEMORY_MIB => n,
+            _ => bail!("annotation a3s.box/memory-mib: {text:?} is not a number of MiB from {MIN_MEMORY_MIB} (the least that boots)"),
+        },
+        None => memory_mib(resources)?,
+    };
+    Ok(Vm { vcpus, memory_mib, ..Vm::default() })
+}
+
+fn resources(spec: &Spec) -> Option<&LinuxResources> {
+    spec.linux().as_ref()?.resources().as_ref()
+}
+
+fn vcpus(resources: Option<&LinuxResources>) -> Result<u8> {
+    let Some(cpu) = resources.and_then(|r| r.cpu().as_ref()) else { return Ok(DEFAULT_VCPUS) };
+    let wanted = match (cpu.quota(), cpu.period(), cpu.cpus()) {
+        (Some(quota), period, _) if quota > 0 => (quota as u64).div_ceil(period.unwrap_or(100_000).max(1)),
+        (_, _, Some(cpus)) if !cpus.trim().is_empty() => cpuset_size(cpus)?,
+        _ => return Ok(DEFAULT_VCPUS),
+    };
+    Ok(wanted.clamp(1, MAX_VCPUS.into()) as u8)
+}
+
+fn cpuset_size(cpus: &str) -> Result<u64> {
+    let mut total = 0;
+    for range in cpus.trim().split(',') {
+        let parsed = match range.split_once('-') {
+            Some((first, last)) => first.trim().parse::<u64>().ok().zip(last.trim().parse::<u64>().ok()),
+            None => range.trim().parse().ok().map(|n| (n, n)),
+        };
+        match parsed {
+            Some((first, last)) if first <= last && last < 1 << 20 => total += last - first + 1,
+            _ => bail!("linux.resources.cpu.cpus: {cpus:?} is not a list of CPUs"),
+        }
+    }
+    Ok(total)
+}
+
+fn memory_limit(resources: Option<&LinuxResources>) -> Result<Option<i64>> {
+    match resources.and_then(|r| r.memory().as_ref()).and_then(|m| m.limit()) {
+        None | Some(-1 | 0) => Ok(None),
+        Some(limit) if limit < -1 => bail!("linux.resources.memory.limit: {limit} is not a number of bytes"),
+        Some(limit) => Ok(Some(limit)),
+    }
+}
+
+fn memory_mib(resources: Option<&LinuxResources>) -> Result<u32> {
+    let Some(limit) = memory_limit(resources)? else { return Ok(DEFAULT_MEMORY_MIB) };
+    let mib = (limit as u64).div_ceil(MIB as u64) + u64::from(GUEST_OVERHEAD_MIB);
+    match u32::try_from(mib) {
+        Ok(mib) => Ok(mib.max(MIN_MEMORY_MIB)),
+        Err(_) => bail!("linux.resources.memory.limit: {limit} bytes are more than a VM can have"),
+    }
+}
+
+/// The container's own limits, as cgroup v2 files of the guest.
+pub fn guest_limits(spec: &Spec) -> Result<Vec<(String, String)>> {
+    let Some(resources) = resources(spec) else { return Ok(Vec::new()) };
+    let mut limits = Vec::new();
+    let mut set = |file: &str, value: String| limits.push((file.to_string(), value));
+    if let Some(limit) = memory_limit(Some(resources))? {
+        set("memory.max", limit.to_string());
+    }
+    if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()).filter(|limit| *limit != 0) {
+        set("pids.max", if limit < 0 { "max".into() } else { limit.to_string() });
+    }
+    if let Some(cpu) = resources.cpu() {
+        let period = cpu.period().unwrap_or(100_000);
+        match cpu.quota() {
+            Some(quota) if quota > 0 => set("cpu.max", format!("{quota} {period}")),
+            _ => {}
+        }
+        if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
+            set("cpu.weight", weight(shares).to_string());
+        }
+    }
+    Ok(limits)
+}
+
+/// cgroup v1 shares (2 to 262144) as a cgroup v2 weight (1 to 10000), by the formula every runtime uses.
+fn weight(shares: u64) -> u64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::spec;
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn sized(resources: Value, annotations: Value) -> Result<(u8, u32)> {
+        let spec = spec(|v| {
+            v["linux"]["resources"] = resources;
+            v["annotations"] = annotations;
+        });
+        plan(&spec).map(|vm| (vm.vcpus, vm.memory_mib))
+    }
+
+    #[test]
+    fn sizes_follow_limits() {
+        for (resources, expected) in [
+            (json!({}), (2, 2048)),
+            (json!({"cpu": {"quota": 150_000, "period": 100_000}}), (2, 2048)),
+            (json!({"cpu": {"quota": 250_000}}), (3, 2048)),
+            (json!({"cpu": {"quota": -1, "cpus": "0-3,8"}}), (5, 2048)),
+            (json!({"cpu": {"quota": 100_000_000}}), (16, 2048)),
+            (json!({"cpu": {"quota": 1000}}), (1, 2048)),
+            (json!({"memory": {"limit": 536_870_912}}), (2, 576)),
+            (json!({"memory": {"limit": 4096}}), (2, 96)),
+            (json!({"memory": {"limit": -1}}), (2, 2048)),
+        ] {
+            assert_eq!(sized(resources.clone(), json!({})).unwrap(), expected, "{resources}");
+        }
+    }
+
+    #[test]
+    fn annotations_win() {
+        let limits = json!({"memory": {"limit": 1 << 30}, "cpu": {"quota": 800_000}});
+        let wanted = json!({"a3s.box/vcpus": "1", "a3s.box/memory-mib": "256"});
+        assert_eq!(sized(limits, wanted).unwrap(), (1, 256));
+    }
+
+    #[test]
+    fn senseless_sizes_name_field_and_value() {
+        for (resources, annotations, words) in [
+            (json!({}), json!({"a3s.box/vcpus": "0"}), "a3s.box/vcpus: \"0\""),
+            (json!({}), json!({"a3s.box/vcpus": "many"}), "a3s.box/vcpus: \"many\""),
+            (json!({}), json!({"a3s.box/memory-mib": "16"}), "a3s.box/memory-mib: \"16\""),
+            (json!({"cpu": {"cpus": "3-1"}}), json!({}), "cpu.cpus: \"3-1\""),
+            (json!({"memory": {"limit": -5}}), json!({}), "memory.limit: -5"),
+            (json!({"memory": {"limit": i64::MAX}}), json!({}), "more than a VM"),
+        ] {
+            let text = sized(resources, annotations).unwrap_err().to_string();
+            assert!(text.contains(words), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_guest_holds_the_exact_limits() {
+        let spec = spec(|v| {
+            v["linux"]["resources"] = json!({"memory": {"limit": 1000}, "pids": {"limit": 7},
+                "cpu": {"quota": 50_000, "period": 20_000, "shares": 1024}});
+        });
+        let expected = [("memory.max", "1000"), ("pids.max", "7"), ("cpu.max", "50000 20000"), ("cpu.weight", "39")];
+        let expected = expected.map(|(file, value)| (file.to_string(), value.to_string()));
+        assert_eq!(guest_limits(&spec).unwrap(), expected);
+    }
+}

@@ -1,0 +1,253 @@
+//! The host process that stands for one guest process: its bytes, its signals, its exit.
+//!
+//! A container's monitor and every foreground `exec` run this loop. In: a connection that owns a guest process, this
+//! process's descriptors 0 to 2, its signals. Out: the exit status, after the last byte of output. Must not: trust a
+//! byte of the guest's, or end while output waits to be written.
+
+use std::os::fd::AsFd;
+
+use a3s_box_proto::{ExitStatus, Frame, Reply, Request, Stream, Target, unpack};
+use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::console::Console;
+use crate::guest::Connection;
+use crate::stdio::{Event, Pumps};
+use crate::vmm::{self, Vmm};
+
+/// The VM, for the one relay that holds it.
+pub struct Vm {
+    /// Its VMM.
+    pub vmm: Vmm,
+    /// Its console.
+    pub console: Console,
+}
+
+/// Blocks every signal that can be forwarded and makes them readable. Before any thread is started.
+pub fn take_signals() -> Result<SignalFd> {
+    let mut mask = SigSet::all();
+    mask.remove(Signal::SIGCHLD);
+    mask.thread_block().context("block signals")?;
+    SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")
+}
+
+struct Relay<'a> {
+    connection: Connection,
+    container: &'a str,
+    pumps: Pumps,
+    vm: Option<&'a mut Vm>,
+    /// The guest process's end, once it is known.
+    exit: Option<ExitStatus>,
+    /// Outputs with bytes yet to come or to be written.
+    outputs: u8,
+    connected: bool,
+    vm_ended: bool,
+}
+
+/// Relays until the guest process has ended and its output is written.
+pub fn run(connection: Connection, container: &str, signals: &SignalFd, vm: Option<&mut Vm>) -> Result<ExitStatus> {
+    let pumps = Pumps::start()?;
+    let mut relay =
+        Relay { connection, container, pumps, vm, exit: None, outputs: 2, connected: true, vm_ended: false };
+    // What came along with the last reply.
+    relay.take_frames()?;
+    loop {
+        if let Some(status) = relay.exit.filter(|_| relay.outputs == 0) {
+            return Ok(status);
+        }
+        let ready = relay.wait(signals)?;
+        if ready.console
+            && let Some(vm) = &mut relay.vm
+        {
+            vm.console.drain("");
+        }
+        if ready.guest {
+            relay.receive()?;
+        }
+        while let Some(event) = relay.pumps.next_event() {
+            relay.handle(event);
+        }
+        if ready.signals && relay.forward(signals) {
+            return relay.exit.context("ended by a signal");
+        }
+        if ready.vm {
+            relay.vm_ended()?;
+        }
+    }
+}
+
+#[derive(Default)]
+struct Ready {
+    guest: bool,
+    signals: bool,
+    console: bool,
+    vm: bool,
+}
+
+impl Relay<'_> {
+    fn wait(&self, signals: &SignalFd) -> Result<Ready> {
+        let input = |wanted: bool| if wanted { PollFlags::POLLIN } else { PollFlags::empty() };
+        let mut fds = vec![
+            PollFd::new(self.pumps.as_fd(), PollFlags::POLLIN),
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+        ];
+        if self.connected {
+            fds.push(PollFd::new(self.connection.as_fd(), input(true)));
+        }
+        if let Some(vm) = &self.vm {
+            fds.push(PollFd::new(vm.console.as_fd(), input(true)));
+            if !self.vm_ended {
+                fds.push(PollFd::new(vm.vmm.pidfd(), input(true)));
+            }
+        }
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("poll"),
+        }
+        let mut states = fds.iter().map(|fd| fd.any().unwrap_or(false)).skip(1);
+        let mut next = |there: bool| there && states.next().unwrap_or(false);
+        Ok(Ready {
+            signals: next(true),
+            guest: next(self.connected),
+            console: next(self.vm.is_some()),
+            vm: next(self.vm.is_some() && !self.vm_ended),
+        })
+    }
+
+    fn receive(&mut self) -> Result<()> {
+        let alive = self.connection.receive().unwrap_or(false);
+        self.take_frames()?;
+        if alive {
+            return Ok(());
+        }
+        self.connected = false;
+        self.lost()
+    }
+
+    /// Nothing more will come from the guest.
+    fn lost(&mut self) -> Result<()> {
+        if self.exit.is_none() && self.vm.is_none() {
+            bail!("the VM ended before the process did");
+        }
+        self.end(Stream::Stdout);
+        self.end(Stream::Stderr);
+        Ok(())
+    }
+
+    fn take_frames(&mut self) -> Result<()> {
+        while let Some(frame) = self.connection.next_frame()? {
+            match frame {
+                Frame::Data(stream, bytes) => self.pumps.write(stream, bytes),
+                Frame::Credit(_, credit) => self.pumps.credit(credit),
+                Frame::End(stream) => self.end(stream),
+                Frame::Message(body) => self.note(&body)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, stream: Stream) {
+        if stream != Stream::Stdin {
+            self.pumps.end(stream);
+        }
+    }
+
+    fn note(&mut self, body: &[u8]) -> Result<()> {
+        match unpack(body).map_err(|text| anyhow!("the guest's message is not understood: {text}"))? {
+            Reply::Exited(status) => {
+                self.exit = Some(status);
+                self.send(&Request::Acknowledge);
+                // Files were written through, nothing is left in the guest that must be kept: no need to wait for
+                // its orderly end.
+                if let Some(vm) = &self.vm {
+                    vmm::kill(vm.vmm.pidfd());
+                }
+            }
+            // Outcomes of forwarded signals: a process that has ended is not an error.
+            Reply::Outcome(_) | Reply::Greeting(_) => {}
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, request: &Request) {
+        // A guest that is gone shows itself on the next read.
+        let _ = self.connection.send(request);
+    }
+
+    fn handle(&mut self, event: Event) {
+        let frame = match event {
+            Event::Input(bytes) => Frame::Data(Stream::Stdin, bytes),
+            Event::InputEnded => Frame::End(Stream::Stdin),
+            Event::Consumed(stream, credit) => Frame::Credit(stream, credit),
+            Event::Closed(stream) => Frame::End(stream),
+            Event::Drained(_) => {
+                self.outputs = self.outputs.saturating_sub(1);
+                return;
+            }
+        };
+        if self.connected && self.exit.is_none() {
+            let _ = self.connection.push(&frame);
+        }
+    }
+
+    /// Passes signals on. True when one came after the process's end: then output that nobody reads is given up.
+    fn forward(&mut self, signals: &SignalFd) -> bool {
+        let mut give_up = false;
+        while let Ok(Some(info)) = signals.read_signal() {
+            let signal = info.ssi_signo as i32;
+            let ends = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&signal);
+            match self.exit {
+                Some(_) => give_up |= ends,
+                // Ours alone: the terminal stops this process, a reader left, a child of ours changed.
+                None if [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU, libc::SIGPIPE].contains(&signal) => {}
+                None => {
+                    let container = self.container.to_string();
+                    self.send(&Request::Signal { container, signal, target: Target::Own });
+                }
+            }
+        }
+        give_up
+    }
+
+    /// The VMM has ended. Expected after the process's exit; before that, the VM took the process with it.
+    fn vm_ended(&mut self) -> Result<()> {
+        self.vm_ended = true;
+        while self.connected {
+            self.receive()?;
+        }
+        let Some(vm) = &mut self.vm else { return Ok(()) };
+        let death = vm.vmm.reap();
+        if self.exit.is_some() {
+            return Ok(());
+        }
+        vm.console.drain("");
+        Err(anyhow::Error::new(VmDied { status: death.status, text: died(&death.how, &vm.console.last_words()) }))
+    }
+}
+
+/// The sentence about a VM that ended before its time.
+pub fn died(how: &str, last_words: &str) -> String {
+    match last_words {
+        "" => format!("the VM died ({how}); its console is silent"),
+        words => format!("the VM died ({how}); its console said: {words}"),
+    }
+}
+
+/// The VM ended before its container's process did.
+#[derive(Debug)]
+pub struct VmDied {
+    /// What the monitor exits with; never 0.
+    pub status: i32,
+    text: String,
+}
+
+impl std::fmt::Display for VmDied {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for VmDied {}

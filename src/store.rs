@@ -1,0 +1,351 @@
+//! The state directory: one directory a container, results only.
+//!
+//! `<root>/<id>/state.json` is written by rename under a lock; what a container *is* follows from what is observed
+//! now: its pid with start time, the freezer. In: ids and records. Out: records and OCI status. Must not: believe
+//! that something happened because it was asked for.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::Cgroup;
+
+const STATE: &str = "state.json";
+/// Name of the VM's directory in a container's.
+pub const VM_DIR: &str = "vm";
+
+/// What is known of a container.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// Container id.
+    pub id: String,
+    /// `ociVersion` of its config.json.
+    pub oci_version: String,
+    /// Absolute path of its bundle.
+    pub bundle: PathBuf,
+    /// Absolute path of its root file system.
+    pub rootfs: PathBuf,
+    /// Annotations of its config.json.
+    pub annotations: HashMap<String, String>,
+    /// When it was created, RFC 3339, UTC.
+    pub created: String,
+    /// The container's pid on the host; `None` until there is one.
+    pub monitor: Option<ProcessId>,
+    /// The microVM it lives in; `None` until there is one.
+    pub vm: Option<ProcessId>,
+    /// The guest has confirmed `create`.
+    pub ready: bool,
+    /// The guest has confirmed `start`.
+    pub started: bool,
+    /// Its host cgroup.
+    pub cgroup: Cgroup,
+    /// User that owns it.
+    pub owner: u32,
+}
+
+/// A process that cannot be mistaken for a later one with the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Pid on the host.
+    pub pid: i32,
+    /// Start time in clock ticks since boot, field 22 of /proc/PID/stat.
+    pub start_time: u64,
+}
+
+impl ProcessId {
+    /// The process with this pid now, if there is one.
+    pub fn of(pid: i32) -> Option<Self> {
+        let (state, start_time) = stat(pid)?;
+        (!matches!(state, 'Z' | 'X')).then_some(ProcessId { pid, start_time })
+    }
+
+    /// Whether it still runs: a zombie does not.
+    pub fn is_alive(self) -> bool {
+        Self::of(self.pid) == Some(self)
+    }
+}
+
+/// State letter and start time.
+fn stat(pid: i32) -> Option<(char, u64)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command name may hold anything, parentheses and spaces included.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ');
+    let state = fields.next()?.chars().next()?;
+    Some((state, fields.nth(18)?.parse().ok()?))
+}
+
+/// Status as runtime.md defines it, and `paused` as every runtime adds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// `create` is at work.
+    Creating,
+    /// The process waits for `start`.
+    Created,
+    /// The process runs.
+    Running,
+    /// Its cgroup is frozen.
+    Paused,
+    /// The process has ended.
+    Stopped,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Status::Creating => "creating",
+            Status::Created => "created",
+            Status::Running => "running",
+            Status::Paused => "paused",
+            Status::Stopped => "stopped",
+        })
+    }
+}
+
+impl Record {
+    /// What the container is at this moment.
+    pub fn status(&self) -> Status {
+        match self.monitor {
+            Some(monitor) if !monitor.is_alive() => Status::Stopped,
+            None => Status::Creating,
+            Some(_) if !self.ready => Status::Creating,
+            Some(_) if self.cgroup.is_frozen() => Status::Paused,
+            Some(_) if self.started => Status::Running,
+            Some(_) => Status::Created,
+        }
+    }
+
+    /// The container's pid, 0 once it has stopped.
+    pub fn live_pid(&self) -> i32 {
+        self.monitor.filter(|monitor| monitor.is_alive()).map_or(0, |monitor| monitor.pid)
+    }
+}
+
+/// Why a container's directory cannot be used.
+#[derive(Debug)]
+pub enum Error {
+    /// No such container.
+    NotFound,
+    /// The id is taken.
+    Exists,
+    /// The id is not one.
+    BadId(String),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::NotFound => f.write_str("container does not exist"),
+            Error::Exists => f.write_str("container with given ID already exists"),
+            Error::BadId(id) => write!(
+                f,
+                "invalid container ID format: {id:?} (1 to 255 of letters, digits, '_', '+', '-', '.')"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// A root of state directories.
+#[derive(Clone, Debug)]
+pub struct Store {
+    root: PathBuf,
+}
+
+/// A container's directory, locked.
+#[derive(Debug)]
+pub struct Entry {
+    dir: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Store {
+    /// Names a root; nothing is made yet.
+    pub fn new(root: PathBuf) -> Self {
+        Store { root }
+    }
+
+    /// Where a container's directory is or would be.
+    fn dir(&self, id: &str) -> Result<PathBuf, Error> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
+        if id.is_empty() || id.len() > 255 || id == "." || id == ".." || !id.chars().all(allowed) {
+            return Err(Error::BadId(id.to_string()));
+        }
+        Ok(self.root.join(id))
+    }
+
+    /// Makes a new container's directory and locks it.
+    pub fn create(&self, id: &str) -> Result<Entry> {
+        let dir = self.dir(id)?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.root)
+            .map_err(crate::bundle::words)
+            .with_context(|| format!("make state directory {}", self.root.display()))?;
+        match DirBuilder::new().mode(0o700).create(&dir) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(Error::Exists.into()),
+            Err(error) => {
+                return Err(crate::bundle::words(error)).with_context(|| format!("make {}", dir.display()));
+            }
+        }
+        lock(&dir).map(|lock| Entry { dir, _lock: lock })
+    }
+
+    /// Locks an existing container's directory.
+    pub fn open(&self, id: &str) -> Result<Entry> {
+        let dir = self.dir(id)?;
+        match lock(&dir) {
+            // Deleted while we waited for its lock.
+            Ok(_) if !dir.exists() => Err(Error::NotFound.into()),
+            Ok(lock) => Ok(Entry { dir, _lock: lock }),
+            Err(error) if is_missing(&error) => Err(Error::NotFound.into()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads a record without waiting for its lock: it is replaced whole, so it is always one of its versions.
+    pub fn read(&self, id: &str) -> Result<Record> {
+        read(&self.dir(id)?)
+    }
+
+    /// A container's directory, by path.
+    pub fn path(&self, id: &str) -> Result<PathBuf> {
+        Ok(self.dir(id)?)
+    }
+
+    /// Every record below the root, by id. Directories that are not ours, or not whole, are passed over.
+    pub fn list(&self) -> Result<Vec<Record>> {
+        let entries = match fs::read_dir(&self.root) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error).with_context(|| format!("read {}", self.root.display())),
+        };
+        let mut records: Vec<Record> = entries.flatten().filter_map(|entry| read(&entry.path()).ok()).collect();
+        records.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(records)
+    }
+}
+
+fn is_missing(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|e| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory))
+}
+
+fn lock(dir: &Path) -> Result<Flock<File>> {
+    let path = dir.join("lock");
+    let file = File::options()
+        .create(dir.is_dir())
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&path)?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("lock")
+}
+
+fn read(dir: &Path) -> Result<Record> {
+    let path = dir.join(STATE);
+    match fs::read(&path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display())),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Err(Error::NotFound.into())
+        }
+        Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
+    }
+}
+
+impl Entry {
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its record; [`Error::NotFound`] where `create` never got so far.
+    pub fn read(&self) -> Result<Record> {
+        read(&self.dir)
+    }
+
+    /// Writes the record so that a reader sees the old one or the new one.
+    pub fn save(&self, record: &Record) -> Result<()> {
+        let bytes = serde_json::to_vec(record).context("encode state")?;
+        replace(&self.dir.join(STATE), &bytes, 0o600)
+    }
+
+    /// Makes the VM's directory, which only the owner may enter: libkrun binds its socket with a mode of 0777.
+    pub fn make_vm_dir(&self) -> Result<OwnedFd> {
+        let path = self.dir.join(VM_DIR);
+        DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("make {}", path.display()))?;
+        Ok(File::open(&path).with_context(|| format!("open {}", path.display()))?.into())
+    }
+
+    /// Removes everything about the container.
+    pub fn remove(self) -> Result<()> {
+        fs::remove_dir_all(&self.dir).with_context(|| format!("remove {}", self.dir.display()))
+    }
+}
+
+/// Writes a file by rename.
+pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    let mut name = path.file_name().context("a file name")?.to_os_string();
+    name.push(format!(".{}", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let written = File::options()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(mode)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&temporary)
+        .and_then(|mut file| file.write_all(bytes))
+        .and_then(|()| fs::rename(&temporary, path));
+    written.map_err(|error| {
+        let _ = fs::remove_file(&temporary);
+        crate::bundle::words(error).context(format!("write {}", path.display()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_names_not_paths() {
+        let store = Store::new("/r".into());
+        for good in ["a", "web_1+2-3.4", &"x".repeat(255), ".hidden", "..."] {
+            assert!(store.dir(good).is_ok(), "{good}");
+        }
+        for bad in ["", ".", "..", "a/b", "/a", "a b", "a\n", "ä", &"x".repeat(256)] {
+            assert!(matches!(store.dir(bad), Err(Error::BadId(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn this_process_is_alive_and_a_recycled_pid_is_not_it() {
+        let me = ProcessId::of(std::process::id() as i32).unwrap();
+        assert!(me.is_alive());
+        assert!(!ProcessId { start_time: me.start_time + 1, ..me }.is_alive());
+    }
+
+    #[test]
+    fn a_directory_without_record_does_not_exist_as_container_but_its_id_is_taken() {
+        let root = std::env::temp_dir().join(format!("a3s-box-store-{}", std::process::id()));
+        let store = Store::new(root.clone());
+        let entry = store.create("c1").unwrap();
+        assert!(matches!(entry.read().unwrap_err().downcast_ref(), Some(Error::NotFound)));
+        assert!(matches!(store.create("c1").unwrap_err().downcast_ref(), Some(Error::Exists)));
+        assert!(matches!(store.open("c2").unwrap_err().downcast_ref(), Some(Error::NotFound)));
+        assert!(store.list().unwrap().is_empty());
+        entry.remove().unwrap();
+        fs::remove_dir_all(root).unwrap();
+    }
+}

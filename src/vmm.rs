@@ -1,0 +1,266 @@
+//! The VMM: a child of the monitor that becomes the microVM.
+//!
+//! It is our own binary once more, executed while the host's root is still there: libraries are loaded, then it parks
+//! until its tree has arrived, pivots, and never comes back from libkrun. In: an [`Order`], the tree's mounts. Out: a
+//! running VM, or one line that says why not. Must not: run or open anything by a path that a container's tree could
+//! have laid (no exec, no dlopen after the pivot).
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::cmsg_space;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::console::{self, Console};
+use crate::guest::SOCKET;
+use crate::jail::tree::Export;
+use crate::jail::{self, Jail};
+use crate::plan::Vm;
+
+#[cfg(not(feature = "local-guest"))]
+use crate::krun;
+#[cfg(feature = "local-guest")]
+use crate::local as krun;
+
+/// argv[0] of the VMM's process; engines' `ps` shows it.
+pub const NAME: &str = "a3s-box-vmm";
+/// guest-init, embedded: it is served to the guest kernel and never written to a disk.
+static GUEST_INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest-init"));
+/// Device nodes that libkrun opens after the pivot.
+const NODES: &[&str] = if cfg!(feature = "local-guest") { &[] } else { &["/dev/kvm"] };
+/// Descriptors in one message; the kernel's own bound is 253.
+const BATCH: usize = 128;
+
+/// What the monitor tells the VMM.
+#[derive(Debug, Serialize, Deserialize)]
+enum Order {
+    /// First: what to prepare, a directory that the jail may hide, and the VM's directory. Paths, because a mount
+    /// namespace takes no descriptors from another.
+    Prepare { vm: Vm, anchor: PathBuf, dir: PathBuf },
+    /// Mounts of the exported tree: place and whether it is a directory, one descriptor each.
+    Attach(Vec<(PathBuf, bool)>),
+    /// The tree is whole: boot.
+    Boot,
+}
+
+/// The monitor's handle on a VMM.
+pub struct Vmm {
+    pidfd: OwnedFd,
+    channel: OwnedFd,
+    child: std::process::Child,
+}
+
+/// How a VMM ended.
+pub struct Death {
+    /// 128 plus the signal, or 255: what a VMM exits with by itself proves nothing.
+    pub status: i32,
+    /// In words.
+    pub how: String,
+}
+
+/// Starts a VMM that parks. `dir` is the VM's directory, `anchor` one that its jail may hide.
+pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path) -> Result<Vmm> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).context("socketpair")?;
+    let output = Console::writer(dir)?;
+    fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).context("hand over the channel")?;
+    let child = Command::new("/proc/self/exe")
+        .arg0(NAME)
+        .arg(theirs.as_raw_fd().to_string())
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(output.try_clone().context("console")?)
+        .stderr(output)
+        .spawn()
+        .context("start the VMM")?;
+    drop(theirs);
+    let pidfd = pidfd_open(child.id() as i32)?;
+    let vmm = Vmm { pidfd, channel: ours, child };
+    let order = Order::Prepare { vm: vm.clone(), anchor: anchor.to_path_buf(), dir: dir.to_path_buf() };
+    vmm.order(&order, &[])?;
+    Ok(vmm)
+}
+
+/// A descriptor for a process that is our child, or another that cannot end meanwhile.
+pub fn pidfd_open(pid: i32) -> Result<OwnedFd> {
+    // SAFETY: pidfd_open takes plain numbers and returns a new descriptor or an error.
+    let fd = nix::errno::Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }).context("pidfd_open")?;
+    // SAFETY: the kernel just gave this descriptor to us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Kills a process by descriptor; one that is gone already is as good as killed.
+pub fn kill(pidfd: BorrowedFd<'_>) {
+    // SAFETY: no pointer but a null siginfo, which means plain kill.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) };
+}
+
+impl Vmm {
+    fn order(&self, order: &Order, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let bytes = serde_json::to_vec(order).context("encode order")?;
+        let raw: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+        let flags = MsgFlags::MSG_NOSIGNAL;
+        let sent = sendmsg::<()>(self.channel.as_raw_fd(), &[IoSlice::new(&bytes)], control, flags, None);
+        match sent {
+            Ok(_) => Ok(()),
+            // It has given up already; why, it has said.
+            Err(_) => Err(self.complaint().unwrap_or_else(|| anyhow!("the VMM ended while it was set up"))),
+        }
+    }
+
+    /// Hands over a container's tree and lets the VM boot.
+    pub fn boot(&self, exports: &[Export]) -> Result<()> {
+        for batch in exports.chunks(BATCH) {
+            let places = batch.iter().map(|export| (export.place.clone(), export.is_dir)).collect();
+            let fds: Vec<_> = batch.iter().map(|export| export.mount.as_fd()).collect();
+            self.order(&Order::Attach(places), &fds)?;
+        }
+        self.order(&Order::Boot, &[])
+    }
+
+    /// Why it could not boot, if it said so.
+    pub fn complaint(&self) -> Option<anyhow::Error> {
+        let mut buffer = [0u8; 4096];
+        let n = nix::sys::socket::recv(self.channel.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT).ok()?;
+        (n > 0).then(|| anyhow!("{}", String::from_utf8_lossy(&buffer[..n])))
+    }
+
+    /// For poll: readable once it complains or has gone on to boot.
+    pub fn channel(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+
+    /// For poll and kill.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Waits for its end, which must be certain.
+    pub fn reap(&mut self) -> Death {
+        use std::os::unix::process::ExitStatusExt;
+        match self.child.wait().map(|status| (status.code(), status.signal())) {
+            Ok((_, Some(signal))) => Death { status: 128 + signal, how: format!("killed by signal {signal}") },
+            Ok((Some(code), _)) => Death { status: 255, how: format!("exit status {code}") },
+            _ => Death { status: 255, how: "unknown end".into() },
+        }
+    }
+}
+
+/// Whether this host lets us try: the node is there and may be opened.
+pub fn usable() -> Result<()> {
+    for node in NODES {
+        let opened = std::fs::File::options().read(true).write(true).open(node).map_err(crate::bundle::words);
+        opened.with_context(|| format!("{node}: needed for every VM (`a3s-box check` says more)"))?;
+    }
+    Ok(())
+}
+
+/// Which libkrun this binary uses.
+pub fn library() -> &'static str {
+    krun::version()
+}
+
+/// The guest kernel's library and version.
+pub fn firmware() -> Result<(PathBuf, String)> {
+    krun::firmware(None).map(|firmware| (firmware.path, firmware.kernel_version))
+}
+
+/// The VMM's process: never returns.
+pub fn main(channel: Option<String>) -> ! {
+    let fd = channel.and_then(|text| text.parse::<RawFd>().ok()).filter(|fd| *fd > 2);
+    let Some(fd) = fd else {
+        eprintln!("{NAME}: started by a3s-box itself, not by hand");
+        quit(1)
+    };
+    // SAFETY: the monitor left this descriptor for us, and nothing else here owns it.
+    let channel = unsafe { OwnedFd::from_raw_fd(fd) };
+    let error = match run(&channel) {
+        Ok(stage) => {
+            // The monitor's end reads end-of-file: on its way to the guest. What goes wrong now is on the console.
+            drop(channel);
+            let error = stage.enter();
+            eprintln!("{NAME}: {error:#}");
+            quit(1)
+        }
+        Err(error) => format!("{error:#}"),
+    };
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    let _ = nix::sys::socket::send(channel.as_raw_fd(), error.as_bytes(), flags);
+    quit(1)
+}
+
+fn quit(status: i32) -> ! {
+    // SAFETY: _exit takes any status and does not return.
+    unsafe { libc::_exit(status) }
+}
+
+struct Stage {
+    machine: krun::Machine,
+}
+
+impl Stage {
+    fn enter(self) -> anyhow::Error {
+        let run = Path::new(jail::RUN);
+        krun::enter(
+            self.machine,
+            &krun::Devices {
+                export: Path::new(jail::EXPORT),
+                init: GUEST_INIT,
+                console: &run.join(console::FIFO),
+                control_socket: &run.join(SOCKET),
+                control_port: a3s_box_proto::CONTROL_PORT,
+            },
+        )
+    }
+}
+
+fn run(channel: &OwnedFd) -> Result<Stage> {
+    fcntl(channel, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("channel")?;
+    jail::raise_limits();
+    let (Order::Prepare { vm, anchor, dir }, _) = receive(channel)? else { bail!("out of turn: no Prepare") };
+    let machine = krun::prepare(&vm)?;
+    let jail = Jail::build(&anchor, &dir, NODES)?;
+    loop {
+        match receive(channel)? {
+            (Order::Attach(places), fds) if places.len() == fds.len() => {
+                let export = |((place, is_dir), mount)| Export { place, is_dir, mount };
+                jail.attach(places.into_iter().zip(fds).map(export).collect())?;
+            }
+            (Order::Boot, _) => break,
+            _ => bail!("out of turn: neither Attach nor Boot"),
+        }
+    }
+    jail.enter()?;
+    Ok(Stage { machine })
+}
+
+fn receive(channel: &OwnedFd) -> Result<(Order, Vec<OwnedFd>)> {
+    let mut buffer = vec![0u8; 128 << 10];
+    let mut space = cmsg_space!([RawFd; BATCH]);
+    let mut slices = [IoSliceMut::new(&mut buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(channel.as_raw_fd(), &mut slices, Some(&mut space), flags).context("orders")?;
+    let mut fds = Vec::new();
+    for control in message.cmsgs().context("orders")? {
+        if let ControlMessageOwned::ScmRights(raw) = control {
+            // SAFETY: the kernel just installed these descriptors for us.
+            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    let n = message.bytes;
+    if n == 0 {
+        // The monitor is gone; so is the reason to be.
+        quit(1);
+    }
+    Ok((serde_json::from_slice(&buffer[..n]).context("decode order")?, fds))
+}
