@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::cmsg_space;
+use nix::sched::{CloneFlags, unshare};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
@@ -72,15 +73,18 @@ pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path) -> Result<Vmm> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).context("socketpair")?;
     let output = Console::writer(dir)?;
     fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).context("hand over the channel")?;
-    let child = Command::new("/proc/self/exe")
+    let mut command = Command::new("/proc/self/exe");
+    command
         .arg0(NAME)
         .arg(theirs.as_raw_fd().to_string())
         .env_clear()
         .stdin(Stdio::null())
         .stdout(output.try_clone().context("console")?)
-        .stderr(output)
-        .spawn()
-        .context("start the VMM")?;
+        .stderr(output);
+    // Its mount namespace is its own before it does anything: the monitor's pivot must not take it along.
+    // SAFETY: unshare is one system call, which is all that may happen between fork and exec.
+    unsafe { command.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWNS)?)) };
+    let child = command.spawn().context("start the VMM")?;
     drop(theirs);
     let pidfd = pidfd_open(child.id() as i32)?;
     let vmm = Vmm { pidfd, channel: ours, child };
@@ -131,7 +135,9 @@ impl Vmm {
     /// Why it could not boot, if it said so.
     pub fn complaint(&self) -> Option<anyhow::Error> {
         let mut buffer = [0u8; 4096];
-        let n = nix::sys::socket::recv(self.channel.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT).ok()?;
+        let mut receive = || nix::sys::socket::recv(self.channel.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT);
+        // Orders that it left unread reset the connection, which is told first and once.
+        let n = receive().or_else(|_| receive()).ok()?;
         (n > 0).then(|| anyhow!("{}", String::from_utf8_lossy(&buffer[..n])))
     }
 

@@ -14,7 +14,6 @@ use anyhow::{Context, Result, anyhow};
 use caps::CapSet;
 use libseccomp::{ScmpAction, ScmpFilterContext, ScmpSyscall};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
 
 use tree::Export;
 
@@ -29,10 +28,9 @@ pub struct Jail {
 }
 
 impl Jail {
-    /// Moves to a mount namespace of its own and makes the root on `anchor`, a directory that it hides there.
+    /// Makes the root on `anchor`, a directory that it hides; the caller's mount namespace is its own.
     /// `run` becomes [`RUN`], each of `devices` is bound at its own path.
     pub fn build(anchor: &Path, run: &Path, devices: &[&str]) -> Result<Self> {
-        unshare(CloneFlags::CLONE_NEWNS).context("mount namespace")?;
         make_private()?;
         let options = ["mode=0700".into(), "size=1m".into(), "nr_inodes=4096".into()];
         let base = file_system("tmpfs", "jail", &options, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV)?;

@@ -1,0 +1,384 @@
+//! The one file that names libkrun: a planned VM in, a running microVM out.
+//!
+//! In: `plan::Vm` (its size, the guest kernel's library) and, once the process sits in its jail, `Devices`.
+//! Out: nothing. libkrun takes over the calling thread and ends the process with `_exit`; only a failure returns.
+//! Aside: one copy of the guest kernel as an ELF file in a runtime directory, shared by all VMs until the next reboot.
+//! Must not: open a library after the pivot, let a path or a word of the container's reach the kernel command
+//! line (the guest truncates it at 2048 bytes and then hangs), or map a guest port to a host socket.
+#![allow(
+    unused_unsafe,
+    reason = "the libkrun crate calls safe some functions that krun-sys, like C, calls unsafe"
+)]
+
+use std::ffi::{CStr, CString};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, anyhow, bail};
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use rustix::fs::{AtFlags, CWD, MemfdFlags, Mode, OFlags};
+
+#[cfg(feature = "libkrun")]
+use ::krun as ffi;
+#[cfg(not(feature = "libkrun"))]
+use krun_sys as ffi;
+
+use crate::plan;
+
+/// The name under which libkrun itself opens the guest kernel's library.
+const FIRMWARE_SONAME: &str = "libkrunfw.so.5";
+/// Where libkrunfw's own `make install` puts it, which ld.so often does not search.
+const FIRMWARE_DIRS: [&str; 2] = ["/usr/local/lib64", "/usr/local/lib"];
+/// The virtiofs tag that the kernel mounts as its root.
+const ROOT_TAG: &CStr = c"/dev/root";
+/// The name of guest-init below that root; libkrun's `init=` says so.
+const INIT_NAME: &CStr = c"init.krun";
+/// libkrun's own words, then ours. Nothing else was measured to help. Expedited grace periods make moves between
+/// cgroups, at every create and exec, take one millisecond instead of ten.
+const KERNEL_COMMAND_LINE: &CStr =
+    c"reboot=k panic=-1 panic_print=0 nomodule console=hvc0 rootfstype=virtiofs rw \
+    quiet no-kvmapf init=/init.krun rcupdate.rcu_expedited=1";
+/// The alignment at which host and guest can both use huge pages.
+const HUGE_PAGE: usize = 2 << 20;
+/// Where guest RAM makes room for devices; what lies above is a mapping of its own.
+const DEVICE_GAP: usize = 0xd000_0000;
+/// `sun_path` with its final NUL; libkrun only warns about a longer one, and the socket never appears.
+const SOCKET_PATH_MAX: usize = 107;
+
+/// A configured libkrun context, waiting for its devices.
+pub struct Machine {
+    context: u32,
+    memory: usize,
+    kernel: Option<File>,
+}
+
+impl Machine {
+    /// The guest kernel's file. [`enter`] reads it by way of `/proc/self/fd`: the jail's rules have to allow that.
+    pub fn kernel(&self) -> Option<BorrowedFd<'_>> {
+        self.kernel.as_ref().map(AsFd::as_fd)
+    }
+}
+
+/// What the VM is given at the pivot; paths as the jail sees them.
+pub struct Devices<'a> {
+    /// The directory exported as the guest's root file system.
+    pub export: &'a Path,
+    /// guest-init's bytes, served once to the guest kernel as `/init.krun`.
+    pub init: &'static [u8],
+    /// Where the guest kernel's console goes: a FIFO or a file.
+    pub console: &'a Path,
+    /// The socket on which libkrun listens for the host's connections to guest-init.
+    pub control_socket: &'a Path,
+    /// The vsock port on which guest-init accepts them.
+    pub control_port: u32,
+}
+
+/// The guest kernel's library, as `check` shows it.
+#[derive(Debug)]
+pub struct Firmware {
+    /// The file that was loaded.
+    pub path: PathBuf,
+    /// The guest kernel's version, such as `6.12.91`.
+    pub kernel_version: String,
+}
+
+/// libkrun's version: the crate's, or which library this build looks for.
+pub fn version() -> &'static str {
+    if cfg!(feature = "libkrun") { "1.19.7" } else { "system (libkrun.so.1)" }
+}
+
+/// Finds the guest kernel's library and reads the kernel's version out of its image.
+pub fn firmware(explicit: Option<&Path>) -> anyhow::Result<Firmware> {
+    const BANNER: &[u8] = b"Linux version ";
+    let kernel = GuestKernel::open(explicit)?;
+    let image = kernel.image;
+    let found = image.windows(BANNER.len()).position(|window| window == BANNER);
+    let version = found.and_then(|at| {
+        let rest = image.get(at + BANNER.len()..)?;
+        let end = rest.iter().take(64).position(|byte| *byte == b' ')?;
+        std::str::from_utf8(&rest[..end]).ok()
+    });
+    let kernel_version = version.unwrap_or("unknown").to_owned();
+    Ok(Firmware { path: kernel.path, kernel_version })
+}
+
+/// Loads libkrunfw and configures a context. Call it once, in the host's view: no library is opened after the pivot.
+pub fn prepare(vm: &plan::Vm) -> anyhow::Result<Machine> {
+    let guest_kernel = GuestKernel::open(vm.libkrunfw.as_deref())?;
+    start_log(vm.debug)?;
+    // SAFETY: takes nothing; it only registers a context.
+    let id = unsafe { ffi::krun_create_ctx() };
+    let context = u32::try_from(check(id, "create a libkrun context")?)?;
+    // SAFETY: plain numbers about a context that exists.
+    let status = unsafe { ffi::krun_set_vm_config(context, vm.vcpus, vm.memory_mib) };
+    check(status, "size the VM")?;
+    // Elsewhere libkrun copies the kernel into aligned memory by itself, and takes no ELF.
+    let kernel = if cfg!(target_arch = "x86_64") { Some(guest_kernel.file()?) } else { None };
+    if let Some(file) = &kernel {
+        set_kernel(context, file)?;
+    }
+    Ok(Machine { context, memory: (vm.memory_mib as usize) << 20, kernel })
+}
+
+/// Adds the devices and runs the VM. Returns only if it could not be started.
+pub fn enter(machine: Machine, devices: &Devices) -> anyhow::Error {
+    if let Err(error) = attach(machine.context, devices) {
+        return error;
+    }
+    align_next_mapping(machine.memory.min(DEVICE_GAP));
+    // SAFETY: the context is complete; the call owns this thread from here on.
+    let status = unsafe { ffi::krun_start_enter(machine.context) };
+    match check(status, "start the VM") {
+        Ok(_) => anyhow!("start the VM: libkrun returned without running it"),
+        Err(error) => error,
+    }
+}
+
+/// Gives the context its four devices: root file system, guest-init, console, vsock with the control port.
+fn attach(context: u32, devices: &Devices) -> anyhow::Result<()> {
+    let export = c_path(devices.export)?;
+    let console = c_path(devices.console)?;
+    let socket = c_path(devices.control_socket)?;
+    if socket.as_bytes().len() > SOCKET_PATH_MAX {
+        bail!(
+            "control socket {}: path longer than {SOCKET_PATH_MAX} bytes",
+            devices.control_socket.display()
+        );
+    }
+    // No DAX window: the root is never mounted with it, and it would only cost address space.
+    // SAFETY: both strings live through the call, which copies them.
+    let status = unsafe { ffi::krun_add_virtiofs3(context, ROOT_TAG.as_ptr(), export.as_ptr(), 0, false) };
+    check(status, "export the root file system")?;
+    let (init, len) = (devices.init.as_ptr(), devices.init.len());
+    // One-shot: the name is gone once the kernel has looked it up, so containers never see it.
+    // SAFETY: libkrun keeps the pointer for the VM's life; the bytes are 'static.
+    let status = unsafe {
+        ffi::krun_fs_add_overlay_file(context, ROOT_TAG.as_ptr(), INIT_NAME.as_ptr(), init, len, 0o755, true)
+    };
+    check(status, "serve guest-init")?;
+    // A path of our own also keeps libkrun away from stdin, terminals and SIGINT.
+    // SAFETY: the string lives through the call, which copies it.
+    let status = unsafe { ffi::krun_set_console_output(context, console.as_ptr()) };
+    check(status, "set the console output")?;
+    // The implicit vsock device would hijack the guest's sockets (TSI) where there is no NIC.
+    // SAFETY: plain numbers about a context that exists.
+    let status = unsafe { ffi::krun_disable_implicit_vsock(context) };
+    check(status, "disable the implicit vsock device")?;
+    // SAFETY: as above; no TSI feature.
+    let status = unsafe { ffi::krun_add_vsock(context, 0) };
+    check(status, "add the vsock device")?;
+    // SAFETY: the string lives through the call, which copies it; `true` means that the host dials.
+    let status = unsafe { ffi::krun_add_vsock_port2(context, devices.control_port, socket.as_ptr(), true) };
+    check(status, "map the control port").map(drop)
+}
+
+/// Has libkrun load the kernel from `file` instead of mapping libkrunfw's own pages, whose size and alignment keep
+/// huge pages away from all the guest RAM behind them. The boot is a third shorter where the host has huge pages.
+fn set_kernel(context: u32, file: &File) -> anyhow::Result<()> {
+    const ELF: u32 = 1;
+    let path = c_path(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())))?;
+    let line = KERNEL_COMMAND_LINE.as_ptr();
+    // SAFETY: both strings live through the call, which copies them; there is no initramfs.
+    let status = unsafe { ffi::krun_set_kernel(context, path.as_ptr(), ELF, ptr::null(), line) };
+    check(status, "set the guest kernel").map(drop)
+}
+
+/// Makes the next `mmap` of `len` bytes, libkrun's of the guest's RAM, start on a huge page's boundary, as only some
+/// kernels do by themselves: takes the odd bytes at the end of the hole into which it is going to fall.
+fn align_next_mapping(len: usize) {
+    const FLAGS: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping, which nobody else knows of.
+    let probe = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_NONE, FLAGS, -1, 0) };
+    if probe == libc::MAP_FAILED {
+        return;
+    }
+    // SAFETY: exactly the mapping just made.
+    unsafe { libc::munmap(probe, len) };
+    let odd = probe.addr() % HUGE_PAGE;
+    if odd > 0 && odd < len {
+        let end = probe.wrapping_byte_add(len - odd);
+        // SAFETY: NOREPLACE keeps it off every other mapping; failing, it only costs speed.
+        unsafe { libc::mmap(end, odd, libc::PROT_NONE, FLAGS | libc::MAP_FIXED_NOREPLACE, -1, 0) };
+    }
+}
+
+/// Routes libkrun's log to fd 2. Its warnings are left out by default: every closed vsock connection is one.
+fn start_log(debug: bool) -> anyhow::Result<()> {
+    const ERROR: u32 = 1;
+    const INFO: u32 = 3;
+    const NO_COLOUR: u32 = 2;
+    const NO_ENVIRONMENT: u32 = 1;
+    let level = if debug { INFO } else { ERROR };
+    // SAFETY: fd 2 is ours to write to for the process's life.
+    let status = unsafe { ffi::krun_init_log(2, level, NO_COLOUR, NO_ENVIRONMENT) };
+    check(status, "set up libkrun's log").map(drop)
+}
+
+/// libkrunfw, loaded for the process's life, and the kernel image inside it.
+struct GuestKernel {
+    path: PathBuf,
+    load: u64,
+    entry: u64,
+    image: &'static [u8],
+}
+
+impl GuestKernel {
+    /// Loads the library from `explicit`, else from where ld.so and its own installer put it.
+    fn open(explicit: Option<&Path>) -> anyhow::Result<GuestKernel> {
+        let candidates = match explicit {
+            Some(path) => vec![path.to_owned()],
+            None => {
+                let dirs = FIRMWARE_DIRS.iter().map(|dir| Path::new(dir).join(FIRMWARE_SONAME));
+                std::iter::once(PathBuf::from(FIRMWARE_SONAME)).chain(dirs).collect()
+            }
+        };
+        let mut reasons = Vec::new();
+        for candidate in &candidates {
+            // SAFETY: libkrunfw holds data and three getters; it has no initializer of its own.
+            match unsafe { Library::open(Some(candidate), RTLD_NOW | RTLD_LOCAL) } {
+                Ok(library) => return Self::read(library),
+                Err(error) => reasons.push(error.to_string()),
+            }
+        }
+        bail!(
+            "no guest kernel ({}): install libkrunfw (package libkrunfw5 on Debian and Ubuntu, libkrunfw on \
+             Fedora, Arch and openSUSE) or configure its path",
+            reasons.join("; ")
+        )
+    }
+
+    /// Asks the library where its kernel lies. libkrun finds the library loaded, by its soname.
+    fn read(library: Library) -> anyhow::Result<GuestKernel> {
+        type GetKernel = unsafe extern "C" fn(*mut u64, *mut u64, *mut usize) -> *const u8;
+        // SAFETY: the type is that of libkrunfw's ABI 5, which its soname promises.
+        let get_kernel = unsafe { library.get::<GetKernel>(b"krunfw_get_kernel\0") }
+            .context("libkrunfw has no krunfw_get_kernel")?;
+        let (mut load, mut entry, mut size) = (0, 0, 0);
+        // SAFETY: three places for three numbers, as the ABI says.
+        let start = unsafe { get_kernel(&mut load, &mut entry, &mut size) };
+        if start.is_null() || size == 0 {
+            bail!("libkrunfw holds no kernel");
+        }
+        let path = file_of(start.cast())?;
+        std::mem::forget(library);
+        // SAFETY: the library maps `size` bytes at `start` and, forgotten, is never unloaded.
+        let image = unsafe { std::slice::from_raw_parts(start, size) };
+        Ok(GuestKernel { path, load, entry, image })
+    }
+
+    /// The kernel as an ELF file: shared with all VMs if some directory allows it, else in memory of this VM's own.
+    fn file(&self) -> anyhow::Result<File> {
+        if let Some(file) = self.shared_file() {
+            return Ok(file);
+        }
+        let memory =
+            rustix::fs::memfd_create("guest-kernel", MemfdFlags::CLOEXEC).context("create a memfd")?;
+        let file = File::from(memory);
+        self.write_elf(&file).context("copy the guest kernel")?;
+        Ok(file)
+    }
+
+    /// Opens, or makes, the file of this very library in a directory that nobody else can write to.
+    fn shared_file(&self) -> Option<File> {
+        let name = self.file_name()?;
+        let own = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| owned(dir));
+        // Only root can have made the first one, so its owner, perhaps of another user namespace, needs no check.
+        let dirs = std::iter::once(PathBuf::from("/run")).chain(own).map(|dir| dir.join("a3s-box-kernel"));
+        for dir in dirs {
+            let path = dir.join(&name);
+            let file = File::open(&path).or_else(|_| self.create_shared(&dir, &path));
+            if let Ok(file) = file {
+                return Some(file);
+            }
+        }
+        None
+    }
+
+    /// Writes a nameless file and names it when it is complete, so that no reader ever sees half of one.
+    fn create_shared(&self, dir: &Path, path: &Path) -> io::Result<File> {
+        if !dir.is_dir() {
+            fs::DirBuilder::new().mode(0o755).create(dir)?;
+        }
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::open(dir, flags, Mode::from_raw_mode(0o444))?);
+        self.write_elf(&file)?;
+        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+        match rustix::fs::linkat(CWD, link, CWD, path, AtFlags::SYMLINK_FOLLOW) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => File::open(path),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Names the library's file as it is now. A file that has only just changed may not be the one that was loaded.
+    fn file_name(&self) -> Option<String> {
+        let stat = fs::metadata(&self.path).ok()?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
+        let settled = stat.ctime().checked_add(2).and_then(|time| u64::try_from(time).ok())? < now;
+        let (dev, ino, size) = (stat.dev(), stat.ino(), stat.size());
+        let (sec, nsec) = (stat.mtime(), stat.mtime_nsec());
+        settled.then(|| format!("{dev:x}-{ino:x}-{size:x}-{sec:x}.{nsec:x}.elf"))
+    }
+
+    /// Writes an ELF file with one segment: the image, at its load address.
+    fn write_elf(&self, file: &File) -> io::Result<()> {
+        const OFFSET: u64 = 4096;
+        const HEADER: [u8; 24] = *b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0";
+        let size = self.image.len() as u64;
+        let mut head = HEADER.to_vec();
+        for word in [self.entry, 64, 0] {
+            head.extend(word.to_le_bytes()); // e_entry, e_phoff, e_shoff
+        }
+        head.extend(0_u32.to_le_bytes()); // e_flags
+        for half in [64_u16, 56, 1, 64, 0, 0] {
+            head.extend(half.to_le_bytes()); // sizes and numbers of headers
+        }
+        head.extend([1, 0, 0, 0, 7, 0, 0, 0]); // PT_LOAD, rwx
+        for word in [OFFSET, self.load, self.load, size, size, OFFSET] {
+            head.extend(word.to_le_bytes());
+        }
+        file.write_all_at(&head, 0)?;
+        file.write_all_at(self.image, OFFSET)
+    }
+}
+
+/// Whether a directory is this user's and only this user can write to it.
+fn owned(dir: &Path) -> bool {
+    let user = nix::unistd::geteuid().as_raw();
+    fs::symlink_metadata(dir)
+        .is_ok_and(|stat| stat.is_dir() && stat.uid() == user && stat.mode() & 0o022 == 0)
+}
+
+/// The file whose mapping holds `address`.
+fn file_of(address: *const libc::c_void) -> anyhow::Result<PathBuf> {
+    // SAFETY: an all-zero `Dl_info` is a valid value of it.
+    let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
+    // SAFETY: `dladdr` only compares the address and fills `info`.
+    let found = unsafe { libc::dladdr(address, &mut info) };
+    if found == 0 || info.dli_fname.is_null() {
+        bail!("libkrunfw's kernel lies in no library");
+    }
+    // SAFETY: `dladdr` succeeded, so the name is the loader's own NUL-terminated string.
+    let name = unsafe { CStr::from_ptr(info.dli_fname) };
+    let path = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+    path.canonicalize().with_context(|| format!("resolve {}", path.display()))
+}
+
+fn c_path(path: &Path) -> anyhow::Result<CString> {
+    let text = path.to_str().with_context(|| format!("path {} is not UTF-8", path.display()))?;
+    CString::new(text).with_context(|| format!("path {} holds a NUL", path.display()))
+}
+
+/// Turns libkrun's negative errno into words; it says more, if anything, in its log on fd 2.
+fn check(status: i32, action: &str) -> anyhow::Result<i32> {
+    if status >= 0 {
+        return Ok(status);
+    }
+    let error = io::Error::from_raw_os_error(-status);
+    Err(error).with_context(|| format!("{action} (libkrun says why above)"))
+}
