@@ -39,10 +39,6 @@ pub fn open(dir: &Path) -> Result<Bundle> {
     if !metadata.is_dir() {
         bail!("root.path {}: not a directory", rootfs.display());
     }
-    let cwd = spec.process().as_ref().map(|p| p.cwd().clone()).unwrap_or_else(|| "/".into());
-    if !cwd.is_absolute() {
-        bail!("process.cwd: {cwd:?} is not an absolute path");
-    }
     Ok(Bundle { dir, spec, rootfs, warnings })
 }
 

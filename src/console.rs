@@ -5,7 +5,7 @@
 //! bound, or keep the VM waiting.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -90,15 +90,6 @@ fn last_lines(bytes: &[u8]) -> String {
     crate::guest::clean(&lines.join(" | "))
 }
 
-/// The last lines of the log in a VM's directory; empty where there is none.
-pub fn last_words_of(dir: &Path) -> String {
-    let mut bytes = Vec::new();
-    if let Ok(file) = File::open(dir.join(LOG)) {
-        let _ = file.take(BOUND as u64).read_to_end(&mut bytes);
-    }
-    last_lines(&bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,7 +110,6 @@ mod tests {
         assert!(console.drain("the end"));
         assert!(std::fs::metadata(dir.join(LOG)).unwrap().len() <= BOUND as u64);
         assert!(console.last_words().ends_with("panic: the end"));
-        assert!(last_words_of(&dir).ends_with("panic: the end"));
         std::fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -13,7 +13,7 @@
 use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -55,14 +55,8 @@ const SOCKET_PATH_MAX: usize = 107;
 pub struct Machine {
     context: u32,
     memory: usize,
+    /// Only libkrun's own mapping needs none.
     kernel: Option<File>,
-}
-
-impl Machine {
-    /// The guest kernel's file. [`enter`] reads it by way of `/proc/self/fd`: the jail's rules have to allow that.
-    pub fn kernel(&self) -> Option<BorrowedFd<'_>> {
-        self.kernel.as_ref().map(AsFd::as_fd)
-    }
 }
 
 /// What the VM is given at the pivot; paths as the jail sees them.
@@ -120,15 +114,13 @@ pub fn prepare(vm: &plan::Vm) -> anyhow::Result<Machine> {
     check(status, "size the VM")?;
     // Elsewhere libkrun copies the kernel into aligned memory by itself, and takes no ELF.
     let kernel = if cfg!(target_arch = "x86_64") { Some(guest_kernel.file()?) } else { None };
-    if let Some(file) = &kernel {
-        set_kernel(context, file)?;
-    }
     Ok(Machine { context, memory: (vm.memory_mib as usize) << 20, kernel })
 }
 
 /// Adds the devices and runs the VM. Returns only if it could not be started.
 pub fn enter(machine: Machine, devices: &Devices) -> anyhow::Error {
-    if let Err(error) = attach(machine.context, devices) {
+    let kernel = machine.kernel.iter().try_for_each(|file| set_kernel(machine.context, file));
+    if let Err(error) = kernel.and_then(|()| attach(machine.context, devices)) {
         return error;
     }
     align_next_mapping(machine.memory.min(DEVICE_GAP));
@@ -178,7 +170,7 @@ fn attach(context: u32, devices: &Devices) -> anyhow::Result<()> {
     check(status, "map the control port").map(drop)
 }
 
-/// Has libkrun load the kernel from `file` instead of mapping libkrunfw's own pages, whose size and alignment keep
+/// Has libkrun load the kernel from `file`, which it opens anew by `/proc/self/fd`, instead of mapping libkrunfw's own pages, whose size and alignment keep
 /// huge pages away from all the guest RAM behind them. The boot is a third shorter where the host has huge pages.
 fn set_kernel(context: u32, file: &File) -> anyhow::Result<()> {
     const ELF: u32 = 1;
@@ -374,11 +366,32 @@ fn c_path(path: &Path) -> anyhow::Result<CString> {
     CString::new(text).with_context(|| format!("path {} holds a NUL", path.display()))
 }
 
-/// Turns libkrun's negative errno into words; it says more, if anything, in its log on fd 2.
+/// Turns libkrun's negative errno into words. Nearly all are "invalid argument"; its log on fd 2 knows more.
 fn check(status: i32, action: &str) -> anyhow::Result<i32> {
     if status >= 0 {
         return Ok(status);
     }
     let error = io::Error::from_raw_os_error(-status);
-    Err(error).with_context(|| format!("{action} (libkrun says why above)"))
+    Err(error).with_context(|| format!("{action} (libkrun's log may say why)"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_becomes_one_elf_segment_at_its_load_address() {
+        let image = b"a guest kernel";
+        let kernel = GuestKernel { path: PathBuf::new(), load: 0x100_0000, entry: 0x100_0123, image };
+        let file = File::from(rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC).unwrap());
+        kernel.write_elf(&file).unwrap();
+        let mut bytes = vec![0; 4096 + image.len()];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        let (e_entry, e_phoff) = (word(24), word(32));
+        assert_eq!((e_entry, e_phoff, file.metadata().unwrap().len()), (0x100_0123, 64, bytes.len() as u64));
+        let [p_offset, _, p_paddr, p_filesz, p_memsz] = [72, 80, 88, 96, 104].map(word);
+        assert_eq!((p_offset, p_paddr, p_filesz, p_memsz), (4096, 0x100_0000, 14, 14));
+        assert_eq!(&bytes[4096..], image);
+    }
 }

@@ -35,7 +35,8 @@ pub struct Devices<'a> {
     pub console: &'a Path,
     /// Where it listens.
     pub control_socket: &'a Path,
-    /// Not used: there is no vsock.
+    /// Without meaning where there is no vsock.
+    #[allow(dead_code, reason = "the VM has it")]
     pub control_port: u32,
 }
 

@@ -280,6 +280,11 @@ fn open_last_message(dir: &Path) -> Result<File> {
     File::options().create_new(true).write(true).mode(0o600).open(path).context("make the last message's file")
 }
 
+/// Dials the guest by a path relative to the VM's directory, which is the current one.
+fn dial() -> Result<Connection> {
+    Connection::greet(UnixStream::connect(guest::SOCKET).map_err(|_| NotReady)?, guest::ANSWER)
+}
+
 impl Stage {
     /// Has the guest create the container. The connection owns it.
     fn create(&mut self, reporter: &Reporter) -> Result<Connection> {
@@ -301,17 +306,16 @@ impl Stage {
         let deadline = Instant::now() + BOOT;
         let mut listening = false;
         loop {
-            self.wait(reporter)?;
+            let quiet = !self.wait(reporter)?;
             if !listening && self.vm.console.drain(LISTENING) {
                 listening = true;
                 reporter.phase("guest-init listens");
             }
-            match UnixStream::connect(guest::SOCKET).map_err(anyhow::Error::from).and_then(|stream| {
-                Connection::greet(stream, guest::ANSWER)
-            }) {
-                Ok(connection) => return Ok(connection),
-                Err(error) if error.is::<NotReady>() || error.is::<std::io::Error>() => {}
-                Err(error) => return Err(error),
+            if listening || quiet {
+                match dial() {
+                    Err(error) if error.is::<NotReady>() => {}
+                    result => return result,
+                }
             }
             if Instant::now() > deadline {
                 self.vm.console.drain("");
@@ -321,8 +325,8 @@ impl Stage {
         }
     }
 
-    /// Waits for a sign of life, but not for long. Fails when the VMM or the caller is gone.
-    fn wait(&mut self, reporter: &Reporter) -> Result<()> {
+    /// Waits for a sign of life, but not for long: false if there was none. Fails when the VMM or the caller is gone.
+    fn wait(&mut self, reporter: &Reporter) -> Result<bool> {
         let timeout = PollTimeout::try_from(RETRY).unwrap_or(PollTimeout::ZERO);
         let mut fds = [
             PollFd::new(self.vm.console.as_fd(), PollFlags::POLLIN),
@@ -334,7 +338,7 @@ impl Stage {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("poll"),
         }
-        let [_, vmm, caller, signals] = fds.map(|fd| fd.any().unwrap_or(false));
+        let [console, vmm, caller, signals] = fds.map(|fd| fd.any().unwrap_or(false));
         if caller {
             bail!("create was given up");
         }
@@ -344,7 +348,7 @@ impl Stage {
         {
             bail!("create was ended by signal {}", info.ssi_signo);
         }
-        if vmm { Err(self.death().unwrap_or_else(|| anyhow!("the VM died"))) } else { Ok(()) }
+        if vmm { Err(self.death().unwrap_or_else(|| anyhow!("the VM died"))) } else { Ok(console) }
     }
 
     /// What the VM died of, if it did.

@@ -81,9 +81,14 @@ pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path) -> Result<Vmm> {
         .stdin(Stdio::null())
         .stdout(output.try_clone().context("console")?)
         .stderr(output);
-    // Its mount namespace is its own before it does anything: the monitor's pivot must not take it along.
-    // SAFETY: unshare is one system call, which is all that may happen between fork and exec.
-    unsafe { command.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWNS)?)) };
+    let prepare = || {
+        // It dies with the process that holds it, whatever becomes of that one's pid namespace.
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+        // Its mount namespace is its own before it does anything: the monitor's pivot must not take it along.
+        Ok(unshare(CloneFlags::CLONE_NEWNS)?)
+    };
+    // SAFETY: two system calls and nothing else happen between fork and exec.
+    unsafe { command.pre_exec(prepare) };
     let child = command.spawn().context("start the VMM")?;
     drop(theirs);
     let pidfd = pidfd_open(child.id() as i32)?;
@@ -139,11 +144,6 @@ impl Vmm {
         // Orders that it left unread reset the connection, which is told first and once.
         let n = receive().or_else(|_| receive()).ok()?;
         (n > 0).then(|| anyhow!("{}", String::from_utf8_lossy(&buffer[..n])))
-    }
-
-    /// For poll: readable once it complains or has gone on to boot.
-    pub fn channel(&self) -> BorrowedFd<'_> {
-        self.channel.as_fd()
     }
 
     /// For poll and kill.

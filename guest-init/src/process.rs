@@ -13,12 +13,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
+use a3s_box_proto::Process;
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
-use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::unistd::{Gid, Pid, Uid};
-use oci_spec::runtime::{LinuxCapabilities, PosixRlimitType, Process};
 
 use crate::stdio::Ends;
 
@@ -141,20 +140,20 @@ pub fn words(errno: Errno) -> String {
 }
 
 fn prepare(process: &Process) -> Result<Command> {
-    let user = process.user();
-    nix::unistd::setsid().ok();
-    own_streams(user.uid());
+    // Fails only for a process that leads a session already.
+    let _ = nix::unistd::setsid();
+    own_streams(process.uid);
     set_limits(process)?;
-    if let Some(score) = process.oom_score_adj() {
+    if let Some(score) = process.oom_score_adj {
         std::fs::write("/proc/self/oom_score_adj", score.to_string()).context("process.oomScoreAdj")?;
     }
-    let cwd = process.cwd();
-    let entered = nix::unistd::chdir(cwd);
+    let entered = nix::unistd::chdir(&process.cwd);
     become_user(process)?;
-    if let Err(errno) = entered.or_else(|_| nix::unistd::chdir(cwd)) {
-        bail!("chdir to cwd ({cwd:?}) set in config.json failed: {}", words(errno));
+    // Root may be kept out of a directory that the user may enter, and the other way round.
+    if let Err(errno) = entered.or_else(|_| nix::unistd::chdir(&process.cwd)) {
+        bail!("chdir to cwd ({:?}) set in config.json failed: {}", process.cwd, words(errno));
     }
-    if process.no_new_privileges() == Some(true) {
+    if process.no_new_privileges {
         nix::sys::prctl::set_no_new_privs().context("process.noNewPrivileges")?;
     }
     let env = environment(process);
@@ -163,7 +162,7 @@ fn prepare(process: &Process) -> Result<Command> {
     let to_c = |text: &String| CString::new(text.as_str()).with_context(|| format!("{text:?} holds a NUL byte"));
     Ok(Command {
         program: CString::new(program)?,
-        args: process.args().iter().flatten().map(to_c).collect::<Result<_>>()?,
+        args: process.args.iter().map(to_c).collect::<Result<_>>()?,
         env: env.iter().map(to_c).collect::<Result<_>>()?,
     })
 }
@@ -177,84 +176,56 @@ fn own_streams(uid: u32) {
 }
 
 fn set_limits(process: &Process) -> Result<()> {
-    for limit in process.rlimits().iter().flatten() {
-        let name = limit.typ();
-        setrlimit(resource(name), limit.soft(), limit.hard()).with_context(|| format!("process.rlimits {name:?}"))?;
+    for limit in &process.rlimits {
+        let value = libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard };
+        // SAFETY: the value lives until after the call; the kernel checks the number.
+        let result = unsafe { libc::setrlimit(limit.resource, &raw const value) };
+        Errno::result(result).with_context(|| format!("process.rlimits: set resource {}", limit.resource))?;
     }
     Ok(())
 }
 
-fn resource(kind: PosixRlimitType) -> Resource {
-    match kind {
-        PosixRlimitType::RlimitCpu => Resource::RLIMIT_CPU,
-        PosixRlimitType::RlimitFsize => Resource::RLIMIT_FSIZE,
-        PosixRlimitType::RlimitData => Resource::RLIMIT_DATA,
-        PosixRlimitType::RlimitStack => Resource::RLIMIT_STACK,
-        PosixRlimitType::RlimitCore => Resource::RLIMIT_CORE,
-        PosixRlimitType::RlimitRss => Resource::RLIMIT_RSS,
-        PosixRlimitType::RlimitNproc => Resource::RLIMIT_NPROC,
-        PosixRlimitType::RlimitNofile => Resource::RLIMIT_NOFILE,
-        PosixRlimitType::RlimitMemlock => Resource::RLIMIT_MEMLOCK,
-        PosixRlimitType::RlimitAs => Resource::RLIMIT_AS,
-        PosixRlimitType::RlimitLocks => Resource::RLIMIT_LOCKS,
-        PosixRlimitType::RlimitSigpending => Resource::RLIMIT_SIGPENDING,
-        PosixRlimitType::RlimitMsgqueue => Resource::RLIMIT_MSGQUEUE,
-        PosixRlimitType::RlimitNice => Resource::RLIMIT_NICE,
-        PosixRlimitType::RlimitRtprio => Resource::RLIMIT_RTPRIO,
-        PosixRlimitType::RlimitRttime => Resource::RLIMIT_RTTIME,
-    }
-}
-
 /// Bounding set, ids, then the remaining sets: each step still has the privilege it needs.
 fn become_user(process: &Process) -> Result<()> {
-    let user = process.user();
-    let none = LinuxCapabilities::default();
-    let wanted = process.capabilities().as_ref().unwrap_or(&none);
-    let bounding = set_of(wanted.bounding())?;
+    let wanted = &process.capabilities;
     for capability in caps::runtime::procfs_all_supported(None).context("capabilities of the guest kernel")? {
-        if !bounding.contains(&capability) {
+        if wanted.bounding & capability.bitmask() == 0 {
             caps::drop(None, CapSet::Bounding, capability).context("process.capabilities.bounding")?;
         }
     }
     nix::sys::prctl::set_keepcaps(true).context("keep capabilities")?;
-    let groups: Vec<Gid> = user.additional_gids().iter().flatten().map(|gid| Gid::from_raw(*gid)).collect();
+    let groups: Vec<Gid> = process.groups.iter().copied().map(Gid::from_raw).collect();
     nix::unistd::setgroups(&groups).context("process.user.additionalGids")?;
-    let gid = Gid::from_raw(user.gid());
+    let gid = Gid::from_raw(process.gid);
     nix::unistd::setresgid(gid, gid, gid).context("process.user.gid")?;
-    let uid = Uid::from_raw(user.uid());
+    let uid = Uid::from_raw(process.uid);
     nix::unistd::setresuid(uid, uid, uid).context("process.user.uid")?;
     nix::sys::prctl::set_keepcaps(false).context("keep capabilities")?;
-    if let Some(umask) = user.umask() {
+    if let Some(umask) = process.umask {
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(umask));
     }
-    let set = |kind, capabilities: &CapsHashSet, field: &'static str| {
-        caps::set(None, kind, capabilities).map_err(|e| anyhow!("process.capabilities.{field}: {e}"))
-    };
-    // Effective must never exceed permitted, nor ambient what is both permitted and inheritable.
-    let permitted = set_of(wanted.permitted())?;
-    set(CapSet::Inheritable, &set_of(wanted.inheritable())?, "inheritable")?;
-    set(CapSet::Effective, &set_of(wanted.effective())?.intersection(&permitted).copied().collect(), "effective")?;
-    set(CapSet::Permitted, &permitted, "permitted")?;
-    set(CapSet::Ambient, &set_of(wanted.ambient())?, "ambient")
+    // Inheritable while the right to it is still in force; effective within permitted; ambient last, as it needs both.
+    for (kind, mask, field) in [
+        (CapSet::Inheritable, wanted.inheritable, "inheritable"),
+        (CapSet::Effective, wanted.effective & wanted.permitted, "effective"),
+        (CapSet::Permitted, wanted.permitted, "permitted"),
+        (CapSet::Ambient, wanted.ambient, "ambient"),
+    ] {
+        caps::set(None, kind, &set_of(mask)).map_err(|e| anyhow!("process.capabilities.{field}: {e}"))?;
+    }
+    Ok(())
 }
 
-fn set_of(wanted: &Option<oci_spec::runtime::Capabilities>) -> Result<CapsHashSet> {
-    wanted
-        .iter()
-        .flatten()
-        .map(|capability| {
-            let name = format!("CAP_{}", capability.to_string().trim_start_matches("CAP_"));
-            name.parse::<Capability>().map_err(|_| anyhow!("process.capabilities: unknown capability {name}"))
-        })
-        .collect()
+fn set_of(mask: u64) -> CapsHashSet {
+    caps::all().into_iter().filter(|capability: &Capability| mask & capability.bitmask() != 0).collect()
 }
 
 /// The process's own environment, with HOME where it has none: from the container's passwd file, as runc does.
 fn environment(process: &Process) -> Vec<String> {
-    let mut env: Vec<String> = process.env().clone().unwrap_or_default();
+    let mut env = process.env.clone();
     if !env.iter().any(|entry| entry.starts_with("HOME=") && entry.len() > 5) {
         env.retain(|entry| !entry.starts_with("HOME="));
-        env.push(format!("HOME={}", home(process.user().uid())));
+        env.push(format!("HOME={}", home(process.uid)));
     }
     env
 }
@@ -271,7 +242,7 @@ fn home(uid: u32) -> String {
 
 /// Looks argv[0] up as a shell would, with the texts that engines map to 126 and 127.
 fn find_program(process: &Process, env: &[String]) -> Result<String> {
-    let name = process.args().iter().flatten().next().context("process.args is empty")?;
+    let name = process.args.first().context("process.args is empty")?;
     if name.contains('/') {
         return match executable(Path::new(name)) {
             Ok(()) => Ok(name.clone()),

@@ -35,7 +35,7 @@ pub fn enter(container: &Container) -> Result<()> {
     umount2(".", MntFlags::MNT_DETACH).context("detach the guest's root")?;
     std::env::set_current_dir("/").context("enter the new root")?;
     // As runc: a missing working directory is made, where the file system lets it.
-    let _ = fs::create_dir_all(Path::new("/").join(container.process.cwd()));
+    let _ = fs::create_dir_all(Path::new("/").join(&container.process.cwd));
     if container.readonly {
         let root = open_path(Path::new("/")).context("open the root")?;
         set_attributes(root, libc::MOUNT_ATTR_RDONLY, false).context("make the root read-only")?;

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-use a3s_box_proto::{self as proto, Frame, Greeting, Outcome, Reply, Request, Stream, Target, unpack};
+use a3s_box_proto::{self as proto, Frame, Greeting, Outcome, Process, Reply, Request, Stream, Target, unpack};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -15,7 +15,6 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{SockFlag, accept4};
 use nix::unistd::Pid;
-use oci_spec::runtime::Process;
 
 use crate::boot;
 use crate::connection::Connection;

@@ -1,5 +1,191 @@
-//! stub
-use anyhow::Result;
-use crate::cli;
-/// stub
-pub fn check(_args: &cli::Check) -> Result<i32> { Ok(1) }
+//! `check`: can this host run microVMs, and what to do where it cannot.
+//!
+//! The last word is a probe: a /dev/kvm that only looks alive is found out by booting the guest kernel to its init.
+
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::Serialize;
+
+use super::list;
+use crate::cgroup::{self, Version};
+use crate::cli::{self, Format};
+use crate::console::Console;
+use crate::guest::{Connection, SOCKET};
+use crate::plan::{Vm, vm};
+use crate::vmm;
+use a3s_box_proto::LISTENING;
+use std::os::fd::AsFd;
+
+/// One thing that was looked at.
+#[derive(Serialize)]
+struct Finding {
+    name: &'static str,
+    ok: bool,
+    /// Whether containers can run without it.
+    needed: bool,
+    found: String,
+    /// What to do; empty where all is well.
+    advice: String,
+}
+
+/// The verb.
+pub fn check(args: &cli::Check) -> Result<i32> {
+    let mut findings = vec![kvm(), firmware()];
+    let hopeful = findings.iter().all(|finding| finding.ok);
+    findings.push(boots(hopeful, Duration::from_secs(args.timeout)));
+    findings.extend([tap(), cgroups(), user_namespaces(), memory()]);
+    let able = findings.iter().all(|finding| finding.ok || !finding.needed);
+    let text = match args.format {
+        Format::Json => {
+            let document = serde_json::json!({ "able": able, "findings": findings });
+            format!("{}\n", serde_json::to_string_pretty(&document).context("encode findings")?)
+        }
+        Format::Table => table(&findings, able),
+    };
+    super::write_out(&text)?;
+    Ok(i32::from(!able))
+}
+
+fn table(findings: &[Finding], able: bool) -> String {
+    let mut rows = vec![["CHECK", "OK", "FOUND"].map(String::from)];
+    let verdict = |finding: &Finding| match (finding.ok, finding.needed) {
+        (true, _) => "yes",
+        (false, true) => "NO",
+        (false, false) => "no",
+    };
+    rows.extend(findings.iter().map(|f| [f.name.to_string(), verdict(f).to_string(), f.found.clone()]));
+    let mut text = list::columns(&rows);
+    for finding in findings.iter().filter(|finding| !finding.ok) {
+        text.push_str(&format!("\n{}: {}\n", finding.name, finding.advice));
+    }
+    text.push_str(if able { "\nThis host can run microVMs.\n" } else { "\nThis host cannot run microVMs.\n" });
+    text
+}
+
+fn finding(name: &'static str, needed: bool, result: Result<String>, advice: &str) -> Finding {
+    match result {
+        Ok(found) => Finding { name, ok: true, needed, found, advice: String::new() },
+        Err(error) => Finding { name, ok: false, needed, found: format!("{error:#}"), advice: advice.into() },
+    }
+}
+
+fn kvm() -> Finding {
+    let result = vmm::usable().map(|()| "present, may be opened".into());
+    let advice = if Path::new("/dev/kvm").exists() {
+        "you may not open /dev/kvm: run as root, or join the group that owns it (`usermod -aG kvm $USER`, then log in anew)"
+    } else {
+        "load the module (`modprobe kvm_intel` or `modprobe kvm_amd`); if that fails, switch virtualization on in the firmware, or nested virtualization on this machine's own host"
+    };
+    finding("/dev/kvm", true, result, advice)
+}
+
+fn firmware() -> Finding {
+    let result = vmm::firmware().map(|(path, version)| format!("{}: Linux {version}", path.display()));
+    let advice = "install libkrunfw: package libkrunfw5 (Debian forky and newer), libkrunfw (Fedora, Arch, openSUSE)";
+    finding("guest kernel", true, result, advice)
+}
+
+fn boots(hopeful: bool, wait: Duration) -> Finding {
+    let result = if hopeful { probe(wait) } else { Err(anyhow!("not tried: see above")) };
+    let advice = "the guest kernel does not come up on this host's KVM: it may be nested without hardware support, or emulated; try bare metal, or a host with nested virtualization";
+    finding("probe VM", true, result, advice)
+}
+
+/// Boots the guest kernel to guest-init's greeting over vsock, and ends it.
+fn probe(wait: Duration) -> Result<String> {
+    let dir = ProbeDir::make()?;
+    let begin = Instant::now();
+    let mut console = Console::create(&dir.0)?;
+    let size = Vm { vcpus: 1, memory_mib: vm::MIN_MEMORY_MIB, ..Vm::default() };
+    let mut vmm = vmm::spawn(&size, &dir.0, &dir.0)?;
+    let greeted = vmm.boot(&[]).and_then(|()| greet(&mut console, &vmm, &dir.0, begin + wait));
+    vmm::kill(vmm.pidfd());
+    vmm.reap();
+    console.drain("");
+    let kernel = greeted.map_err(|error| match console.last_words() {
+        words if words.is_empty() => error,
+        words => error.context(format!("its console said: {words}")),
+    })?;
+    Ok(format!("Linux {kernel} greeted over vsock after {} ms", begin.elapsed().as_millis()))
+}
+
+fn greet(console: &mut Console, vmm: &vmm::Vmm, dir: &Path, deadline: Instant) -> Result<String> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            bail!("it did not come up in time");
+        }
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut fds =
+            [PollFd::new(console.as_fd(), PollFlags::POLLIN), PollFd::new(vmm.pidfd(), PollFlags::POLLIN)];
+        poll(&mut fds, timeout).context("poll")?;
+        if fds[1].any().unwrap_or(false) {
+            return Err(vmm.complaint().unwrap_or_else(|| anyhow!("its VMM ended")));
+        }
+        if console.drain(LISTENING) {
+            let stream = UnixStream::connect(dir.join(SOCKET)).context("connect to the probe VM")?;
+            return Ok(crate::guest::clean(&Connection::greet(stream, left)?.greeting.kernel));
+        }
+    }
+}
+
+struct ProbeDir(PathBuf);
+
+impl ProbeDir {
+    fn make() -> Result<Self> {
+        let base = if nix::unistd::geteuid().is_root() { PathBuf::from("/run") } else { std::env::temp_dir() };
+        let path = base.join(format!("a3s-box-check-{}", std::process::id()));
+        fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("make {}", path.display()))?;
+        Ok(ProbeDir(path))
+    }
+}
+
+impl Drop for ProbeDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn tap() -> Finding {
+    let open = fs::File::options().read(true).write(true).open("/dev/net/tun");
+    let result = open.map(|_| "/dev/net/tun may be opened".into()).map_err(crate::bundle::words).context("/dev/net/tun");
+    finding("tap", false, result, "load the module (`modprobe tun`): a VM's network interface needs it")
+}
+
+fn cgroups() -> Finding {
+    let result = match cgroup::version() {
+        Version::V2 => Ok("v2 (cgroupfs driver)".into()),
+        Version::V1 => Ok("v1 (cgroupfs driver)".into()),
+        Version::None => Err(anyhow!("nothing is mounted at /sys/fs/cgroup")),
+    };
+    finding("cgroups", true, result, "mount them: `mount -t cgroup2 cgroup2 /sys/fs/cgroup`")
+}
+
+fn user_namespaces() -> Finding {
+    let limit = fs::read_to_string("/proc/sys/user/max_user_namespaces").ok().and_then(|text| text.trim().parse().ok());
+    let result = match limit {
+        Some(1u64..) => Ok("allowed".into()),
+        Some(0) => Err(anyhow!("user.max_user_namespaces is 0")),
+        None => Err(anyhow!("the kernel has none")),
+    };
+    finding("user namespaces", false, result, "set the sysctl user.max_user_namespaces: rootless use needs it")
+}
+
+fn memory() -> Finding {
+    let table = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = table.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let free = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).map(|kib| kib >> 10);
+    let least = u64::from(vm::MIN_MEMORY_MIB);
+    let result = match free {
+        Some(free) if free >= least => Ok(format!("{free} MiB available (a VM takes what its guest uses)")),
+        Some(free) => Err(anyhow!("{free} MiB available, the smallest VM needs {least}")),
+        None => Err(anyhow!("/proc/meminfo does not say")),
+    };
+    finding("memory", true, result, "free some memory, or give this machine more")
+}

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use a3s_box_proto::{Outcome, Request};
+use a3s_box_proto::{self as proto, Outcome, Request};
 use anyhow::{Context as _, Result, anyhow, bail};
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec, User};
 
 use super::{Context, start};
 use crate::store::{Record, Status};
-use crate::{bundle, cli, guest, jail, relay};
+use crate::{bundle, cli, guest, jail, plan, relay};
 
 /// The verb.
 pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
@@ -56,22 +56,15 @@ fn refuse_flags(args: &cli::Exec) -> Result<()> {
 }
 
 /// The whole process: from `--process`, or the container's own with the flags' changes, as runc does.
-fn process(args: &cli::Exec, record: &Record) -> Result<Process> {
-    let mut process = match &args.process {
+fn process(args: &cli::Exec, record: &Record) -> Result<proto::Process> {
+    let process = match &args.process {
         Some(path) => from_file(path)?,
         None => from_config(args, record)?,
     };
     if process.terminal() == Some(true) {
         bail!("process.terminal true: not supported");
     }
-    if process.args().as_ref().is_none_or(Vec::is_empty) {
-        bail!("process.args: there is no program to run");
-    }
-    if !process.cwd().is_absolute() {
-        bail!("process.cwd: {:?} is not an absolute path", process.cwd());
-    }
-    process.set_terminal(None);
-    Ok(process)
+    plan::process::plan(&process)
 }
 
 fn from_file(path: &Path) -> Result<Process> {

@@ -4,6 +4,7 @@
 //! the guest builds. Touches no file, no process, no clock.
 
 pub mod mounts;
+pub mod process;
 pub mod vm;
 
 use std::path::{Path, PathBuf};
@@ -60,10 +61,7 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
     let namespaces = namespaces(spec)?;
     let (tree, mounts) = mounts::plan(spec, rootfs, bundle)?;
     let linux = spec.linux().as_ref();
-    let process = spec.process().clone().context("process: config.json has none, there is nothing to run")?;
-    if process.args().as_ref().is_none_or(Vec::is_empty) {
-        bail!("process.args: config.json gives no program to run");
-    }
+    let process = spec.process().as_ref().context("process: config.json has none, there is nothing to run")?;
     let guest = proto::Container {
         id: id.to_string(),
         rootfs: mounts::exported_rootfs(),
@@ -74,7 +72,7 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
         limits: vm::guest_limits(spec)?,
         masked_paths: paths(linux.and_then(|linux| linux.masked_paths().as_ref())),
         readonly_paths: paths(linux.and_then(|linux| linux.readonly_paths().as_ref())),
-        process,
+        process: process::plan(process)?,
     };
     let cgroup = cgroup_path(id, linux.and_then(|linux| linux.cgroups_path().as_deref()))?;
     Ok(Plan { vm: vm::plan(spec)?, tree, namespaces, cgroup, guest })

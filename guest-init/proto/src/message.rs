@@ -4,7 +4,6 @@
 //! container or a process owns it: its streams flow there, its exit is told there, and losing the connection kills
 //! it. In and out: JSON bodies of [`crate::Frame::Message`].
 
-use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::path::PathBuf;
 
@@ -92,6 +91,62 @@ pub struct Container {
     pub readonly_paths: Vec<PathBuf>,
     /// The container's first process.
     pub process: Process,
+}
+
+/// A process as the guest starts it: config.json's, checked and in the kernel's own terms.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Process {
+    /// Program and arguments; never empty.
+    pub args: Vec<String>,
+    /// `NAME=VALUE`
+    pub env: Vec<String>,
+    /// Absolute working directory.
+    pub cwd: PathBuf,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Further group ids.
+    pub groups: Vec<u32>,
+    /// File mode creation mask, if one was given.
+    pub umask: Option<u32>,
+    /// Resource limits.
+    pub rlimits: Vec<Rlimit>,
+    /// Capability sets.
+    pub capabilities: Capabilities,
+    /// Set no_new_privs.
+    pub no_new_privileges: bool,
+    /// Value for oom_score_adj, if one was given.
+    pub oom_score_adj: Option<i32>,
+}
+
+/// A resource limit (getrlimit(2)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rlimit {
+    /// `RLIMIT_*` number.
+    pub resource: u32,
+    /// Soft limit.
+    pub soft: u64,
+    /// Hard limit.
+    pub hard: u64,
+}
+
+/// Capability sets (capabilities(7)) as bit masks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Capabilities {
+    /// Bound of what execve can give.
+    pub bounding: u64,
+    /// In force.
+    pub effective: u64,
+    /// Kept over execve of a file that has them inheritable.
+    pub inheritable: u64,
+    /// May be brought into force.
+    pub permitted: u64,
+    /// Kept over execve of an ordinary file.
+    pub ambient: u64,
 }
 
 /// One mount of a container.
@@ -208,6 +263,17 @@ pub fn unpack<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
 mod tests {
     use super::*;
 
+    fn process() -> Process {
+        Process {
+            args: vec!["sh".into()],
+            cwd: "/".into(),
+            umask: Some(0o27),
+            rlimits: vec![Rlimit { resource: 7, soft: 1, hard: u64::MAX }],
+            capabilities: Capabilities { bounding: u64::MAX, ..Capabilities::default() },
+            ..Process::default()
+        }
+    }
+
     fn container() -> Container {
         Container {
             id: "c1".into(),
@@ -234,7 +300,7 @@ mod tests {
             limits: vec![("pids.max".into(), "64".into())],
             masked_paths: vec!["/proc/kcore".into()],
             readonly_paths: vec![],
-            process: Process::default(),
+            process: process(),
         }
     }
 
@@ -248,7 +314,7 @@ mod tests {
         let id = || "c1".to_string();
         round_trip(Request::Create(Box::new(container())));
         round_trip(Request::Start { container: id() });
-        round_trip(Request::Exec { container: id(), process: Box::default() });
+        round_trip(Request::Exec { container: id(), process: Box::new(process()) });
         round_trip(Request::Signal { container: id(), signal: 15, target: Target::All });
         round_trip(Request::Processes { container: id() });
         round_trip(Request::Acknowledge);

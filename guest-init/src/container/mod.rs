@@ -7,13 +7,12 @@ mod limits;
 
 use std::os::fd::OwnedFd;
 
-use a3s_box_proto::{self as proto, ProcessInfo};
+use a3s_box_proto::{self as proto, Process, ProcessInfo};
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{Pid, pipe2};
-use oci_spec::runtime::Process;
 
 use crate::process::{Pipes, Side, arrange, become_workload, fork, leave};
 use crate::stdio::{self, Stdio};

@@ -1,0 +1,128 @@
+//! A process of config.json or of `exec`, in the kernel's own terms.
+
+use std::collections::HashSet;
+
+use a3s_box_proto as proto;
+use anyhow::{Result, anyhow, bail};
+use caps::Capability;
+use oci_spec::runtime::{self as oci, PosixRlimitType, Process};
+
+/// Checks and translates a process.
+pub fn plan(process: &Process) -> Result<proto::Process> {
+    let user = process.user();
+    let args = process.args().clone().unwrap_or_default();
+    if args.is_empty() {
+        bail!("process.args: there is no program to run");
+    }
+    if !process.cwd().is_absolute() {
+        bail!("process.cwd: {:?} is not an absolute path", process.cwd());
+    }
+    Ok(proto::Process {
+        args,
+        env: process.env().clone().unwrap_or_default(),
+        cwd: process.cwd().clone(),
+        uid: user.uid(),
+        gid: user.gid(),
+        groups: user.additional_gids().clone().unwrap_or_default(),
+        umask: user.umask(),
+        rlimits: rlimits(process)?,
+        capabilities: capabilities(process)?,
+        no_new_privileges: process.no_new_privileges() == Some(true),
+        oom_score_adj: process.oom_score_adj(),
+    })
+}
+
+fn rlimits(process: &Process) -> Result<Vec<proto::Rlimit>> {
+    let mut seen = HashSet::new();
+    let mut limits = Vec::new();
+    for limit in process.rlimits().iter().flatten() {
+        let kind = limit.typ();
+        let resource = resource(kind);
+        if !seen.insert(resource) {
+            bail!("process.rlimits: {kind} is given twice");
+        }
+        if limit.soft() > limit.hard() {
+            bail!("process.rlimits: {kind}: soft limit {} is above hard limit {}", limit.soft(), limit.hard());
+        }
+        limits.push(proto::Rlimit { resource, soft: limit.soft(), hard: limit.hard() });
+    }
+    Ok(limits)
+}
+
+fn resource(kind: PosixRlimitType) -> u32 {
+    match kind {
+        PosixRlimitType::RlimitCpu => libc::RLIMIT_CPU,
+        PosixRlimitType::RlimitFsize => libc::RLIMIT_FSIZE,
+        PosixRlimitType::RlimitData => libc::RLIMIT_DATA,
+        PosixRlimitType::RlimitStack => libc::RLIMIT_STACK,
+        PosixRlimitType::RlimitCore => libc::RLIMIT_CORE,
+        PosixRlimitType::RlimitRss => libc::RLIMIT_RSS,
+        PosixRlimitType::RlimitNproc => libc::RLIMIT_NPROC,
+        PosixRlimitType::RlimitNofile => libc::RLIMIT_NOFILE,
+        PosixRlimitType::RlimitMemlock => libc::RLIMIT_MEMLOCK,
+        PosixRlimitType::RlimitAs => libc::RLIMIT_AS,
+        PosixRlimitType::RlimitLocks => libc::RLIMIT_LOCKS,
+        PosixRlimitType::RlimitSigpending => libc::RLIMIT_SIGPENDING,
+        PosixRlimitType::RlimitMsgqueue => libc::RLIMIT_MSGQUEUE,
+        PosixRlimitType::RlimitNice => libc::RLIMIT_NICE,
+        PosixRlimitType::RlimitRtprio => libc::RLIMIT_RTPRIO,
+        PosixRlimitType::RlimitRttime => libc::RLIMIT_RTTIME,
+    }
+}
+
+/// No capabilities given means none at all, as in runc.
+fn capabilities(process: &Process) -> Result<proto::Capabilities> {
+    let Some(sets) = process.capabilities() else { return Ok(proto::Capabilities::default()) };
+    Ok(proto::Capabilities {
+        bounding: mask(sets.bounding())?,
+        effective: mask(sets.effective())?,
+        inheritable: mask(sets.inheritable())?,
+        permitted: mask(sets.permitted())?,
+        ambient: mask(sets.ambient())?,
+    })
+}
+
+fn mask(set: &Option<HashSet<oci::Capability>>) -> Result<u64> {
+    let bit = |capability: &oci::Capability| {
+        let name = format!("CAP_{}", capability.to_string().trim_start_matches("CAP_"));
+        let known = name.parse::<Capability>().map_err(|_| anyhow!("process.capabilities: {name} is not known"))?;
+        Ok(known.bitmask())
+    };
+    set.iter().flatten().map(bit).try_fold(0, |mask, bit: Result<u64>| Ok(mask | bit?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn planned(change: impl FnOnce(&mut Value)) -> Result<proto::Process> {
+        let mut value = json!({"cwd": "/", "args": ["sh"], "user": {"uid": 7, "gid": 8}});
+        change(&mut value);
+        plan(&serde_json::from_value(value).unwrap())
+    }
+
+    #[test]
+    fn sets_become_masks_and_absence_means_none() {
+        let given = planned(|v| v["capabilities"] = json!({"bounding": ["CAP_CHOWN", "CAP_KILL"], "ambient": []}));
+        assert_eq!(given.unwrap().capabilities, proto::Capabilities { bounding: 0b10_0001, ..Default::default() });
+        assert_eq!(planned(|_| ()).unwrap().capabilities, proto::Capabilities::default());
+    }
+
+    #[test]
+    fn limits_are_checked() {
+        let limit = |soft: u64| json!({"type": "RLIMIT_NOFILE", "soft": soft, "hard": 100});
+        let good = planned(|v| v["rlimits"] = json!([limit(10)])).unwrap();
+        assert_eq!(good.rlimits, [proto::Rlimit { resource: 7, soft: 10, hard: 100 }]);
+        let text = planned(|v| v["rlimits"] = json!([limit(101)])).unwrap_err().to_string();
+        assert!(text.contains("soft limit 101"), "{text}");
+        let text = planned(|v| v["rlimits"] = json!([limit(1), limit(1)])).unwrap_err().to_string();
+        assert!(text.contains("twice"), "{text}");
+    }
+
+    #[test]
+    fn what_cannot_run_is_named() {
+        assert!(planned(|v| v["args"] = json!([])).unwrap_err().to_string().contains("process.args"));
+        assert!(planned(|v| v["cwd"] = json!("x")).unwrap_err().to_string().contains("process.cwd: \"x\""));
+    }
+}
