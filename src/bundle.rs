@@ -32,10 +32,12 @@ pub fn open(dir: &Path) -> Result<Bundle> {
         serde_json::from_slice(&text).with_context(|| format!("{} is not valid JSON", path.display()))?;
     check_version(&config["ociVersion"])?;
     let warnings = support::check(&config)?;
-    let spec: Spec = serde_path(config).with_context(|| format!("{} is not a runtime configuration", path.display()))?;
+    let spec: Spec =
+        serde_path(config).with_context(|| format!("{} is not a runtime configuration", path.display()))?;
     let root = spec.root().as_ref().context("root: config.json gives no root file system")?;
     let rootfs = dir.join(root.path());
-    let metadata = fs::metadata(&rootfs).map_err(words).with_context(|| format!("root.path {}", rootfs.display()))?;
+    let metadata =
+        fs::metadata(&rootfs).map_err(words).with_context(|| format!("root.path {}", rootfs.display()))?;
     if !metadata.is_dir() {
         bail!("root.path {}: not a directory", rootfs.display());
     }
@@ -89,7 +91,9 @@ mod tests {
         for good in ["1.0.0", "1.0.2-dev", "1.1.0+x", "1.2.1", "1.3.0", "1.99.0"] {
             assert!(check_version(&json!(good)).is_ok(), "{good}");
         }
-        for bad in [json!("2.0.0"), json!("0.9.0"), json!("1.0"), json!("latest"), json!(1), json!(null), json!("")] {
+        for bad in
+            [json!("2.0.0"), json!("0.9.0"), json!("1.0"), json!("latest"), json!(1), json!(null), json!("")]
+        {
             let text = check_version(&bad).unwrap_err().to_string();
             assert!(text.starts_with("ociVersion"), "{text}");
         }
@@ -97,7 +101,8 @@ mod tests {
 
     #[test]
     fn a_field_of_the_wrong_type_is_named() {
-        let config = json!({"ociVersion": "1.0.0", "root": {"path": "r"}, "process": {"args": "sh", "cwd": "/"}});
+        let config =
+            json!({"ociVersion": "1.0.0", "root": {"path": "r"}, "process": {"args": "sh", "cwd": "/"}});
         let text = format!("{:#}", serde_path(config).unwrap_err());
         assert!(text.starts_with("process: "), "{text}");
     }

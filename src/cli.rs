@@ -9,7 +9,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// OCI runtime that runs every container in its own libkrun microVM
 #[derive(Debug, Parser)]
-#[command(name = "a3s-box", disable_version_flag = true, subcommand_required = true, arg_required_else_help = true)]
+#[command(
+    name = "a3s-box",
+    disable_version_flag = true,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
 pub struct Cli {
     /// Flags before the verb
     #[command(flatten)]
@@ -311,9 +316,34 @@ pub struct Check {
 /// Go's flag parser takes long flags with one dash too, and go-runc passes one so; clap does not.
 pub fn normalize(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
     const LONG: [&str; 28] = [
-        "root", "log", "log-format", "log-level", "debug", "systemd-cgroup", "cgroup-manager", "rootless", "version",
-        "help", "bundle", "pid-file", "console-socket", "preserve-fds", "no-pivot", "no-new-keyring", "no-subreaper",
-        "detach", "keep", "force", "all", "process", "env", "cwd", "user", "tty", "format", "quiet",
+        "root",
+        "log",
+        "log-format",
+        "log-level",
+        "debug",
+        "systemd-cgroup",
+        "cgroup-manager",
+        "rootless",
+        "version",
+        "help",
+        "bundle",
+        "pid-file",
+        "console-socket",
+        "preserve-fds",
+        "no-pivot",
+        "no-new-keyring",
+        "no-subreaper",
+        "detach",
+        "keep",
+        "force",
+        "all",
+        "process",
+        "env",
+        "cwd",
+        "user",
+        "tty",
+        "format",
+        "quiet",
     ];
     let mut only_values = false;
     args.enumerate()
@@ -370,7 +400,9 @@ mod tests {
 
     #[test]
     fn what_follows_the_id_belongs_to_the_command() {
-        let Command::Exec(exec) = parse("a3s-box exec -e A=1 id ls -la --help -e B=2").command else { panic!() };
+        let Command::Exec(exec) = parse("a3s-box exec -e A=1 id ls -la --help -e B=2").command else {
+            panic!()
+        };
         assert_eq!(exec.command, ["ls", "-la", "--help", "-e", "B=2"]);
         assert_eq!(exec.env, ["A=1"]);
     }

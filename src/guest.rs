@@ -3,6 +3,7 @@
 //! In: a container's VM directory and the vmm that owns its socket. Out: a greeted [`Connection`], typed outcomes.
 //! Must not: wait without a deadline, or trust a socket that is not the recorded vmm's.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -23,6 +24,8 @@ pub const ANSWER: Duration = Duration::from_secs(10);
 pub struct Connection {
     stream: UnixStream,
     decoder: Decoder,
+    /// Frames that came before an awaited reply and belong to whoever reads on.
+    held: VecDeque<Frame>,
     /// What the guest said first.
     pub greeting: Greeting,
 }
@@ -40,19 +43,25 @@ impl fmt::Display for NotReady {
 impl std::error::Error for NotReady {}
 
 impl Connection {
-    /// Connects to the VM whose directory is `dir`; `vmm` is the host pid that must own the socket.
-    pub fn open(dir: &Path, vmm: i32) -> Result<Self> {
+    /// Connects to the VM whose directory is `dir`; `vmm` is the host pid that must own the socket. The guest has
+    /// `wait` to greet.
+    pub fn open(dir: &Path, vmm: i32, wait: Duration) -> Result<Self> {
         use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-        let dir = std::fs::File::options().read(true).custom_flags(flags).open(dir).context("open the VM's directory")?;
+        let dir = std::fs::File::options()
+            .read(true)
+            .custom_flags(flags)
+            .open(dir)
+            .context("open the VM's directory")?;
         // By way of the descriptor: no path grows beyond sun_path's 108 bytes, no component can be swapped.
         let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
         let kind = std::fs::symlink_metadata(&path).map_err(|_| NotReady)?.file_type();
         if !kind.is_socket() {
             bail!("the control socket is not a socket");
         }
-        let connection = Self::greet(UnixStream::connect(&path).map_err(|_| NotReady)?, ANSWER)?;
-        let peer = getsockopt(&connection.stream, sockopt::PeerCredentials).context("peer credentials")?.pid();
+        let connection = Self::greet(UnixStream::connect(&path).map_err(|_| NotReady)?, wait)?;
+        let peer =
+            getsockopt(&connection.stream, sockopt::PeerCredentials).context("peer credentials")?.pid();
         if peer != vmm {
             bail!("the control socket belongs to pid {peer}, not to the VM's {vmm}");
         }
@@ -62,11 +71,18 @@ impl Connection {
     /// Takes a fresh connection and waits for the greeting.
     pub fn greet(stream: UnixStream, wait: Duration) -> Result<Self> {
         let blank = Greeting { version: 0, kernel: String::new(), uptime_us: 0 };
-        let mut connection = Connection { stream, decoder: Decoder::default(), greeting: blank };
+        let mut connection =
+            Connection { stream, decoder: Decoder::default(), held: VecDeque::new(), greeting: blank };
         match connection.reply(Instant::now() + wait) {
-            Ok(Reply::Greeting(greeting)) if greeting.version == proto::VERSION => connection.greeting = greeting,
+            Ok(Reply::Greeting(greeting)) if greeting.version == proto::VERSION => {
+                connection.greeting = greeting
+            }
             Ok(Reply::Greeting(greeting)) => {
-                bail!("the guest speaks protocol version {}, this a3s-box {}", greeting.version, proto::VERSION)
+                bail!(
+                    "the guest speaks protocol version {}, this a3s-box {}",
+                    greeting.version,
+                    proto::VERSION
+                )
             }
             Ok(_) => bail!("the guest did not greet"),
             Err(_) => return Err(NotReady.into()),
@@ -113,13 +129,18 @@ impl Connection {
 
     /// The next whole frame received.
     pub fn next_frame(&mut self) -> Result<Option<Frame>> {
-        Ok(self.decoder.next_frame()?)
+        match self.held.pop_front() {
+            Some(frame) => Ok(Some(frame)),
+            None => Ok(self.decoder.next_frame()?),
+        }
     }
 
     fn reply(&mut self, deadline: Instant) -> Result<Reply> {
         loop {
             match self.next_frame()? {
-                Some(Frame::Message(body)) => return unpack(&body).map_err(|text| anyhow!("not understood: {text}")),
+                Some(Frame::Message(body)) => {
+                    return unpack(&body).map_err(|text| anyhow!("not understood: {text}"));
+                }
                 Some(_) => continue,
                 None => {}
             }

@@ -39,11 +39,11 @@ const FIRMWARE_DIRS: [&str; 2] = ["/usr/local/lib64", "/usr/local/lib"];
 const ROOT_TAG: &CStr = c"/dev/root";
 /// The name of guest-init below that root; libkrun's `init=` says so.
 const INIT_NAME: &CStr = c"init.krun";
-/// libkrun's own words, then ours. Nothing else was measured to help. Expedited grace periods make moves between
-/// cgroups, at every create and exec, take one millisecond instead of ten.
+/// libkrun's own words, then ours; nothing else was measured to help. An oops ends the VM, which would hang half dead.
+/// Expedited grace periods let moves between cgroups, at every create and exec, take one millisecond instead of ten.
 const KERNEL_COMMAND_LINE: &CStr =
     c"reboot=k panic=-1 panic_print=0 nomodule console=hvc0 rootfstype=virtiofs rw \
-    quiet no-kvmapf init=/init.krun rcupdate.rcu_expedited=1";
+    quiet no-kvmapf init=/init.krun oops=panic rcupdate.rcu_expedited=1";
 /// The alignment at which host and guest can both use huge pages.
 const HUGE_PAGE: usize = 2 << 20;
 /// Where guest RAM makes room for devices; what lies above is a mapping of its own.

@@ -102,7 +102,9 @@ fn start(devices: &Devices) -> Result<Infallible> {
     }
 }
 
+/// Becomes pid 1 of the stand-in, which dies with its VMM as a VM's processes do.
 fn become_init(export: &Path, listener: &OwnedFd, console: &OwnedFd, init: &OwnedFd) -> Result<Infallible> {
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).context("parent death signal")?;
     crate::jail::make_private()?;
     let here = nix::mount::MsFlags::MS_BIND | nix::mount::MsFlags::MS_REC;
     nix::mount::mount(Some(export), export, None::<&str>, here, None::<&str>).context("bind the export")?;

@@ -26,11 +26,15 @@ impl Log {
         let file = match &global.log {
             Some(path) => {
                 let file = File::options().create(true).append(true).mode(0o644).open(path);
-                Some(file.map_err(crate::bundle::words).with_context(|| format!("open log {}", path.display()))?)
+                Some(
+                    file.map_err(crate::bundle::words)
+                        .with_context(|| format!("open log {}", path.display()))?,
+                )
             }
             None => None,
         };
-        let debug = global.debug || global.log_level.as_deref().is_some_and(|level| level.eq_ignore_ascii_case("debug"));
+        let debug = global.debug
+            || global.log_level.as_deref().is_some_and(|level| level.eq_ignore_ascii_case("debug"));
         Ok(Log { file, format: global.log_format, debug, start: Instant::now() })
     }
 

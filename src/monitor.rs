@@ -21,7 +21,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
 };
 use serde::{Deserialize, Serialize};
 
@@ -66,8 +67,8 @@ pub struct Handle {
 
 /// Clones a monitor. `dir` is the container's directory.
 pub fn spawn(plan: Plan, dir: &Path, cgroup: &Cgroup) -> Result<Handle> {
-    let (ours, theirs) =
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).context("socketpair")?;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .context("socketpair")?;
     let joined = Joined::open(&plan)?;
     let namespaces = &plan.namespaces;
     let mut flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
@@ -84,7 +85,8 @@ pub fn spawn(plan: Plan, dir: &Path, cgroup: &Cgroup) -> Result<Handle> {
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
     match Errno::result(pid).context("clone the monitor")? {
         0 => {
-            let kept: Vec<_> = joined.0.iter().map(|(_, fd)| fd.as_raw_fd()).chain([theirs.as_raw_fd()]).collect();
+            let kept: Vec<_> =
+                joined.0.iter().map(|(_, fd)| fd.as_raw_fd()).chain([theirs.as_raw_fd()]).collect();
             jail::keep_only(&kept);
             let status = live(plan, dir, cgroup, joined, theirs);
             // SAFETY: _exit takes any status and does not return; no exit handler of the parent's may run here.
@@ -108,7 +110,8 @@ impl Joined {
             let Namespace::Join(path) = namespace else { continue };
             let shown = format!("linux.namespaces: join {name} namespace {}", path.display());
             let fd = File::open(path).map_err(crate::bundle::words).context(shown.clone())?;
-            if name == "network" && [1, std::process::id()].iter().any(|pid| is_namespace_of(&fd, *pid, kind)) {
+            if name == "network" && [1, std::process::id()].iter().any(|pid| is_namespace_of(&fd, *pid, kind))
+            {
                 bail!("{shown}: it is the host's, and the host's network is not supported");
             }
             joined.push((flag, fd.into()));
@@ -277,7 +280,12 @@ fn open(path: &Path) -> Result<OwnedFd> {
 
 fn open_last_message(dir: &Path) -> Result<File> {
     let path: PathBuf = dir.join(LAST_MESSAGE);
-    File::options().create_new(true).write(true).mode(0o600).open(path).context("make the last message's file")
+    File::options()
+        .create_new(true)
+        .write(true)
+        .mode(0o600)
+        .open(path)
+        .context("make the last message's file")
 }
 
 /// Dials the guest by a path relative to the VM's directory, which is the current one.
@@ -296,7 +304,9 @@ impl Stage {
         ));
         match connection.call(&self.request, CREATE) {
             Ok(Outcome::Done) => Ok(connection),
-            Ok(Outcome::Failed { text }) => bail!("unable to start container process: {}", guest::clean(&text)),
+            Ok(Outcome::Failed { text }) => {
+                bail!("unable to start container process: {}", guest::clean(&text))
+            }
             Ok(other) => bail!("the guest refused to create the container: {other:?}"),
             Err(error) => Err(self.death().unwrap_or(error)),
         }
@@ -307,7 +317,8 @@ impl Stage {
         let mut listening = false;
         loop {
             let quiet = !self.wait(reporter)?;
-            if !listening && self.vm.console.drain(LISTENING) {
+            self.vm.console.drain();
+            if !listening && self.vm.console.heard(LISTENING) {
                 listening = true;
                 reporter.phase("guest-init listens");
             }
@@ -318,7 +329,7 @@ impl Stage {
                 }
             }
             if Instant::now() > deadline {
-                self.vm.console.drain("");
+                self.vm.console.drain();
                 let words = self.vm.console.last_words();
                 bail!("the guest did not come up within {} s; its console said: {words:?}", BOOT.as_secs());
             }
@@ -353,12 +364,13 @@ impl Stage {
 
     /// What the VM died of, if it did.
     fn death(&mut self) -> Option<anyhow::Error> {
-        let mut fds = [PollFd::new(self.vm.vmm.pidfd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).ok().filter(|n| *n > 0)?;
+        if !vmm::ends_within(self.vm.vmm.pidfd(), Duration::ZERO) {
+            return None;
+        }
         if let Some(complaint) = self.vm.vmm.complaint() {
             return Some(complaint);
         }
-        self.vm.console.drain("");
+        self.vm.console.drain();
         let death = self.vm.vmm.reap();
         Some(anyhow!(relay::died(&death.how, &self.vm.console.last_words())))
     }

@@ -48,7 +48,12 @@ struct Relay<'a> {
 }
 
 /// Relays until the guest process has ended and its output is written.
-pub fn run(connection: Connection, container: &str, signals: &SignalFd, vm: Option<&mut Vm>) -> Result<ExitStatus> {
+pub fn run(
+    connection: Connection,
+    container: &str,
+    signals: &SignalFd,
+    vm: Option<&mut Vm>,
+) -> Result<ExitStatus> {
     let pumps = Pumps::start()?;
     let mut relay =
         Relay { connection, container, pumps, vm, exit: None, outputs: 2, connected: true, vm_ended: false };
@@ -62,7 +67,7 @@ pub fn run(connection: Connection, container: &str, signals: &SignalFd, vm: Opti
         if ready.console
             && let Some(vm) = &mut relay.vm
         {
-            vm.console.drain("");
+            vm.console.drain();
         }
         if ready.guest {
             relay.receive()?;
@@ -223,8 +228,11 @@ impl Relay<'_> {
         if self.exit.is_some() {
             return Ok(());
         }
-        vm.console.drain("");
-        Err(anyhow::Error::new(VmDied { status: death.status, text: died(&death.how, &vm.console.last_words()) }))
+        vm.console.drain();
+        Err(anyhow::Error::new(VmDied {
+            status: death.status,
+            text: died(&death.how, &vm.console.last_words()),
+        }))
     }
 }
 

@@ -62,12 +62,16 @@ impl Voice {
 impl Pumps {
     /// Starts the threads. Signals must be blocked already, so that none is delivered to them.
     pub fn start() -> Result<Self> {
-        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("eventfd")?);
+        let wake =
+            Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("eventfd")?);
         let (sender, events) = channel();
         let voice = Voice { events: sender, wake: wake.clone() };
         let input = Arc::new(Gate::default());
         let (gate, input_voice) = (input.clone(), voice.clone());
-        thread::Builder::new().name("stdin".into()).spawn(move || pump_input(&gate, &input_voice)).context("thread")?;
+        thread::Builder::new()
+            .name("stdin".into())
+            .spawn(move || pump_input(&gate, &input_voice))
+            .context("thread")?;
         let mut outputs = [None, None];
         for (slot, stream) in outputs.iter_mut().zip([Stream::Stdout, Stream::Stderr]) {
             let (sender, bytes) = channel();

@@ -231,14 +231,17 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(error).with_context(|| format!("read {}", self.root.display())),
         };
-        let mut records: Vec<Record> = entries.flatten().filter_map(|entry| read(&entry.path()).ok()).collect();
+        let mut records: Vec<Record> =
+            entries.flatten().filter_map(|entry| read(&entry.path()).ok()).collect();
         records.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(records)
     }
 }
 
 fn is_missing(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|e| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory))
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|e| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory))
 }
 
 fn lock(dir: &Path) -> Result<Flock<File>> {

@@ -106,7 +106,9 @@ fn walk(value: &Value, shown: &str, path: &str, warnings: &mut Vec<String>) -> R
         return Ok(());
     }
     let support = lookup(path);
-    let has_longer = FIELDS.iter().any(|(entry, _)| entry.strip_prefix(path).is_some_and(|rest| rest.starts_with(['.', '['])));
+    let has_longer = FIELDS
+        .iter()
+        .any(|(entry, _)| entry.strip_prefix(path).is_some_and(|rest| rest.starts_with(['.', '['])));
     match (support, value) {
         (_, Value::Object(fields)) if has_longer || path.is_empty() => {
             for (name, value) in fields {
@@ -132,8 +134,14 @@ fn walk(value: &Value, shown: &str, path: &str, warnings: &mut Vec<String>) -> R
 
 /// The entry for the path or its nearest parent.
 fn lookup(path: &str) -> Option<Support> {
-    let covers = |entry: &str| path.strip_prefix(entry).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']));
-    FIELDS.iter().filter(|(entry, _)| covers(entry)).max_by_key(|(entry, _)| entry.len()).map(|(_, support)| *support)
+    let covers = |entry: &str| {
+        path.strip_prefix(entry).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+    };
+    FIELDS
+        .iter()
+        .filter(|(entry, _)| covers(entry))
+        .max_by_key(|(entry, _)| entry.len())
+        .map(|(_, support)| *support)
 }
 
 /// Absent, or as good as absent.
@@ -181,9 +189,15 @@ mod tests {
         for (config, words) in [
             (json!({"hooks": {"prestart": [{"path": "/x"}]}}), "hooks"),
             (json!({"linux": {"sysctl": {"net.a": "1"}}}), "linux.sysctl {\"net.a\":\"1\"}"),
-            (json!({"linux": {"resources": {"memory": {"limit": 5, "swap": 9}}}}), "linux.resources.memory.swap 9"),
+            (
+                json!({"linux": {"resources": {"memory": {"limit": 5, "swap": 9}}}}),
+                "linux.resources.memory.swap 9",
+            ),
             (json!({"linux": {"resources": {"blockIO": {"weight": 10}}}}), "linux.resources.blockIO"),
-            (json!({"mounts": [{"destination": "/a"}, {"uidMappings": [{"hostID": 1}]}]}), "mounts[1].uidMappings"),
+            (
+                json!({"mounts": [{"destination": "/a"}, {"uidMappings": [{"hostID": 1}]}]}),
+                "mounts[1].uidMappings",
+            ),
             (json!({"linux": {"rootfsPropagation": "rshared"}}), "rootfsPropagation"),
             (json!({"linux": {"resources": {"devices": [{"allow": true, "access": "rwm"}]}}}), "devices[0]"),
             (json!({"process": {"terminal": true}}), "process.terminal true"),
@@ -207,6 +221,8 @@ mod tests {
         let config = json!({"process": {"apparmorProfile": "docker-default"}, "linux": {"mountLabel": "l"}});
         let warnings = check(&config).unwrap();
         assert_eq!(warnings.len(), 2);
-        assert!(warnings.iter().any(|w| w.starts_with("process.apparmorProfile \"docker-default\" is ignored")));
+        assert!(
+            warnings.iter().any(|w| w.starts_with("process.apparmorProfile \"docker-default\" is ignored"))
+        );
     }
 }

@@ -10,13 +10,16 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::cmsg_space;
-use nix::sched::{CloneFlags, unshare};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
 };
 use serde::{Deserialize, Serialize};
 
@@ -70,7 +73,8 @@ pub struct Death {
 /// Starts a VMM that parks. `dir` is the VM's directory, `anchor` one that its jail may hide.
 pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path) -> Result<Vmm> {
     let flags = SockFlag::SOCK_CLOEXEC;
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).context("socketpair")?;
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).context("socketpair")?;
     let output = Console::writer(dir)?;
     fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).context("hand over the channel")?;
     let mut command = Command::new("/proc/self/exe");
@@ -101,7 +105,8 @@ pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path) -> Result<Vmm> {
 /// A descriptor for a process that is our child, or another that cannot end meanwhile.
 pub fn pidfd_open(pid: i32) -> Result<OwnedFd> {
     // SAFETY: pidfd_open takes plain numbers and returns a new descriptor or an error.
-    let fd = nix::errno::Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) }).context("pidfd_open")?;
+    let fd = nix::errno::Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+        .context("pidfd_open")?;
     // SAFETY: the kernel just gave this descriptor to us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
@@ -110,6 +115,12 @@ pub fn pidfd_open(pid: i32) -> Result<OwnedFd> {
 pub fn kill(pidfd: BorrowedFd<'_>) {
     // SAFETY: no pointer but a null siginfo, which means plain kill.
     unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) };
+}
+
+/// Whether a process is gone, at the latest after `wait`.
+pub fn ends_within(pidfd: BorrowedFd<'_>, wait: Duration) -> bool {
+    let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
+    poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], timeout).is_ok_and(|ready| ready > 0)
 }
 
 impl Vmm {
@@ -140,7 +151,8 @@ impl Vmm {
     /// Why it could not boot, if it said so.
     pub fn complaint(&self) -> Option<anyhow::Error> {
         let mut buffer = [0u8; 4096];
-        let mut receive = || nix::sys::socket::recv(self.channel.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT);
+        let mut receive =
+            || nix::sys::socket::recv(self.channel.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT);
         // Orders that it left unread reset the connection, which is told first and once.
         let n = receive().or_else(|_| receive()).ok()?;
         (n > 0).then(|| anyhow!("{}", String::from_utf8_lossy(&buffer[..n])))
@@ -155,7 +167,9 @@ impl Vmm {
     pub fn reap(&mut self) -> Death {
         use std::os::unix::process::ExitStatusExt;
         match self.child.wait().map(|status| (status.code(), status.signal())) {
-            Ok((_, Some(signal))) => Death { status: 128 + signal, how: format!("killed by signal {signal}") },
+            Ok((_, Some(signal))) => {
+                Death { status: 128 + signal, how: format!("killed by signal {signal}") }
+            }
             Ok((Some(code), _)) => Death { status: 255, how: format!("exit status {code}") },
             _ => Death { status: 255, how: "unknown end".into() },
         }
@@ -255,7 +269,8 @@ fn receive(channel: &OwnedFd) -> Result<(Order, Vec<OwnedFd>)> {
     let mut space = cmsg_space!([RawFd; BATCH]);
     let mut slices = [IoSliceMut::new(&mut buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(channel.as_raw_fd(), &mut slices, Some(&mut space), flags).context("orders")?;
+    let message =
+        recvmsg::<()>(channel.as_raw_fd(), &mut slices, Some(&mut space), flags).context("orders")?;
     let mut fds = Vec::new();
     for control in message.cmsgs().context("orders")? {
         if let ControlMessageOwned::ScmRights(raw) = control {

@@ -20,7 +20,8 @@ pub fn listen() -> Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Vsock, SockType::Stream, flags, None).context("vsock socket")?;
     grow_buffers(&fd);
-    bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, a3s_box_proto::CONTROL_PORT)).context("bind control port")?;
+    bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, a3s_box_proto::CONTROL_PORT))
+        .context("bind control port")?;
     listen(&fd, Backlog::new(128).context("backlog")?).context("listen on control port")?;
     Ok(fd)
 }
@@ -47,8 +48,10 @@ pub fn listen() -> Result<OwnedFd> {
     use std::os::fd::FromRawFd;
     // SAFETY: the backend that starts this process hands over descriptor 3, and nothing else uses it.
     let fd = unsafe { OwnedFd::from_raw_fd(3) };
-    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).context("listener")?;
-    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC)).context("listener")?;
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
+        .context("listener")?;
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
+        .context("listener")?;
     Ok(fd)
 }
 
@@ -67,7 +70,8 @@ pub fn prepare() -> Result<()> {
 }
 
 fn mount_one(kind: &str, target: &str, flags: MsFlags) -> Result<()> {
-    mount(Some(kind), target, Some(kind), flags, None::<&str>).with_context(|| format!("mount {kind} on {target}"))
+    mount(Some(kind), target, Some(kind), flags, None::<&str>)
+        .with_context(|| format!("mount {kind} on {target}"))
 }
 
 /// Makes every controller of `cgroup` available to its children; a kernel without one simply lacks it.
@@ -88,7 +92,9 @@ fn loopback_up() -> Result<()> {
     request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: SIOCSIFFLAGS reads one ifreq, which lives until after the call.
-    nix::errno::Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) })?;
+    nix::errno::Errno::result(unsafe {
+        libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request)
+    })?;
     Ok(())
 }
 

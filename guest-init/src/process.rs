@@ -12,8 +12,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
 use a3s_box_proto::Process;
+use anyhow::{Context, Result, anyhow, bail};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
@@ -159,7 +159,8 @@ fn prepare(process: &Process) -> Result<Command> {
     let env = environment(process);
     let program = find_program(process, &env)?;
     reset_signals()?;
-    let to_c = |text: &String| CString::new(text.as_str()).with_context(|| format!("{text:?} holds a NUL byte"));
+    let to_c =
+        |text: &String| CString::new(text.as_str()).with_context(|| format!("{text:?} holds a NUL byte"));
     Ok(Command {
         program: CString::new(program)?,
         args: process.args.iter().map(to_c).collect::<Result<_>>()?,
@@ -267,7 +268,8 @@ fn find_program(process: &Process, env: &[String]) -> Result<String> {
 }
 
 fn executable(path: &Path) -> Result<(), Errno> {
-    let metadata = std::fs::metadata(path).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
+    let metadata =
+        std::fs::metadata(path).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
     if metadata.is_dir() {
         return Err(Errno::EISDIR);
     }

@@ -9,7 +9,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use a3s_box_mount::{Kind, Root, attach, clone_tree, clone_tree_at, file_system, is_directory, open_path, set_attributes};
+use a3s_box_mount::{
+    Kind, Root, attach, clone_tree, clone_tree_at, file_system, is_directory, open_path, set_attributes,
+};
 use a3s_box_proto::{Container, Mount, Source};
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};

@@ -7,7 +7,9 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-use a3s_box_proto::{self as proto, Frame, Greeting, Outcome, Process, Reply, Request, Stream, Target, unpack};
+use a3s_box_proto::{
+    self as proto, Frame, Greeting, Outcome, Process, Reply, Request, Stream, Target, unpack,
+};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -47,7 +49,8 @@ pub fn run(listener: OwnedFd) -> Result<Infallible> {
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGCHLD);
     mask.thread_block().context("block SIGCHLD")?;
-    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")?;
+    let signals =
+        SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")?;
     let mut server = Server {
         connections: HashMap::new(),
         next_connection: 0,
@@ -66,7 +69,8 @@ pub fn run(listener: OwnedFd) -> Result<Infallible> {
         }
         server.note_exits();
         server.settle();
-        if server.used && server.containers.is_empty() && server.connections.values().all(|c| !c.has_output()) {
+        if server.used && server.containers.is_empty() && server.connections.values().all(|c| !c.has_output())
+        {
             boot::reset();
         }
     }
@@ -89,6 +93,10 @@ impl Server {
                 tokens.push(Token::Status(*pid));
                 fds.push(PollFd::new(status.as_fd(), PollFlags::POLLIN));
             }
+            // The outcome of `exec` comes before the first byte of what it started.
+            if child.asker.is_some() && child.asker == child.owner {
+                continue;
+            }
             for (stream, fd, flags) in child.stdio.interests() {
                 tokens.push(Token::Stream(*pid, stream));
                 fds.push(PollFd::new(fd, flags));
@@ -102,7 +110,8 @@ impl Server {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("poll"),
         }
-        let ready = |(token, fd): (Token, &PollFd)| fd.revents().filter(|r| !r.is_empty()).map(|r| (token, r));
+        let ready =
+            |(token, fd): (Token, &PollFd)| fd.revents().filter(|r| !r.is_empty()).map(|r| (token, r));
         let mut ready: Vec<_> = tokens.into_iter().zip(&fds).filter_map(ready).collect();
         // Drains are removed by index: the highest first.
         ready.reverse();
@@ -140,7 +149,8 @@ impl Server {
             }
             Token::Drain(index) => {
                 let mut sink = [0u8; 16 << 10];
-                if !matches!(nix::unistd::read(&self.drains[index], &mut sink), Ok(1..) | Err(Errno::EAGAIN)) {
+                if !matches!(nix::unistd::read(&self.drains[index], &mut sink), Ok(1..) | Err(Errno::EAGAIN))
+                {
                     self.drains.remove(index);
                 }
             }
@@ -213,7 +223,9 @@ impl Server {
             Request::Create(spec) => self.create(id, &spec),
             Request::Start { container } => self.start(id, &container),
             Request::Exec { container, process } => self.exec(id, &container, &process),
-            Request::Signal { container, signal, target } => Some(self.signal(id, &container, signal, target)),
+            Request::Signal { container, signal, target } => {
+                Some(self.signal(id, &container, signal, target))
+            }
             Request::Processes { container } => Some(match self.containers.get(&container) {
                 Some(container) => Outcome::Processes(container.processes()),
                 None => Outcome::NotFound,
@@ -362,10 +374,14 @@ impl Server {
                 self.drains.extend(left);
             }
         }
-        let lost: Vec<u64> =
-            self.connections.iter_mut().filter_map(|(id, connection)| (!connection.flush()).then_some(*id)).collect();
+        let lost: Vec<u64> = self
+            .connections
+            .iter_mut()
+            .filter_map(|(id, connection)| (!connection.flush()).then_some(*id))
+            .collect();
         lost.into_iter().for_each(|id| self.lose(id));
-        let over: Vec<Pid> = self.children.iter().filter(|(_, c)| c.is_over() && c.owner.is_none()).map(|(p, _)| *p).collect();
+        let over: Vec<Pid> =
+            self.children.iter().filter(|(_, c)| c.is_over() && c.owner.is_none()).map(|(p, _)| *p).collect();
         over.into_iter().for_each(|pid| self.forget(pid));
     }
 

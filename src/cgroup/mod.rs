@@ -64,7 +64,9 @@ impl Cgroup {
         let roots = match version() {
             Version::V2 => vec![PathBuf::from(ROOT)],
             Version::V1 => v1_roots(),
-            Version::None => bail!("linux.cgroupsPath {}: no cgroup hierarchy is mounted at {ROOT}", path.display()),
+            Version::None => {
+                bail!("linux.cgroupsPath {}: no cgroup hierarchy is mounted at {ROOT}", path.display())
+            }
         };
         let own_parent = path.parent() == Some(Path::new(OWN_PARENT));
         let cgroup = Cgroup { dirs: roots.iter().map(|root| root.join(path)).collect(), own_parent };
@@ -92,7 +94,8 @@ impl Cgroup {
     /// Freezes or thaws every process in it, and waits until the kernel says so.
     pub fn freeze(&self, frozen: bool) -> Result<()> {
         let Some((file, on, off)) = self.freezer() else { bail!("the container has no cgroup to freeze") };
-        fs::write(&file, if frozen { on } else { off }).with_context(|| format!("write {}", file.display()))?;
+        fs::write(&file, if frozen { on } else { off })
+            .with_context(|| format!("write {}", file.display()))?;
         let deadline = Instant::now() + Duration::from_secs(2);
         // The v1 freezer tells nobody when it is done, so both are asked.
         while self.is_frozen() != frozen {
@@ -132,7 +135,8 @@ impl Cgroup {
     pub fn kill(&self) {
         for pid in self.pids() {
             // One that has ended meanwhile is what was wanted.
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
     }
 
@@ -161,7 +165,8 @@ fn make(dir: &Path) -> Result<()> {
             Ok(()) => inherit_cpuset(dir),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => {
-                return Err(crate::bundle::words(error)).with_context(|| format!("make cgroup {}", dir.display()));
+                return Err(crate::bundle::words(error))
+                    .with_context(|| format!("make cgroup {}", dir.display()));
             }
         }
     }

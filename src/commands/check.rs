@@ -64,7 +64,11 @@ fn table(findings: &[Finding], able: bool) -> String {
     for finding in findings.iter().filter(|finding| !finding.ok) {
         text.push_str(&format!("\n{}: {}\n", finding.name, finding.advice));
     }
-    text.push_str(if able { "\nThis host can run microVMs.\n" } else { "\nThis host cannot run microVMs.\n" });
+    text.push_str(if able {
+        "\nThis host can run microVMs.\n"
+    } else {
+        "\nThis host cannot run microVMs.\n"
+    });
     text
 }
 
@@ -87,7 +91,8 @@ fn kvm() -> Finding {
 
 fn firmware() -> Finding {
     let result = vmm::firmware().map(|(path, version)| format!("{}: Linux {version}", path.display()));
-    let advice = "install libkrunfw: package libkrunfw5 (Debian forky and newer), libkrunfw (Fedora, Arch, openSUSE)";
+    let advice =
+        "install libkrunfw: package libkrunfw5 (Debian forky and newer), libkrunfw (Fedora, Arch, openSUSE)";
     finding("guest kernel", true, result, advice)
 }
 
@@ -107,7 +112,7 @@ fn probe(wait: Duration) -> Result<String> {
     let greeted = vmm.boot(&[]).and_then(|()| greet(&mut console, &vmm, &dir.0, begin + wait));
     vmm::kill(vmm.pidfd());
     vmm.reap();
-    console.drain("");
+    console.drain();
     let kernel = greeted.map_err(|error| match console.last_words() {
         words if words.is_empty() => error,
         words => error.context(format!("its console said: {words}")),
@@ -128,7 +133,8 @@ fn greet(console: &mut Console, vmm: &vmm::Vmm, dir: &Path, deadline: Instant) -
         if fds[1].any().unwrap_or(false) {
             return Err(vmm.complaint().unwrap_or_else(|| anyhow!("its VMM ended")));
         }
-        if console.drain(LISTENING) {
+        console.drain();
+        if console.heard(LISTENING) {
             let stream = UnixStream::connect(dir.join(SOCKET)).context("connect to the probe VM")?;
             return Ok(crate::guest::clean(&Connection::greet(stream, left)?.greeting.kernel));
         }
@@ -139,9 +145,13 @@ struct ProbeDir(PathBuf);
 
 impl ProbeDir {
     fn make() -> Result<Self> {
-        let base = if nix::unistd::geteuid().is_root() { PathBuf::from("/run") } else { std::env::temp_dir() };
+        let base =
+            if nix::unistd::geteuid().is_root() { PathBuf::from("/run") } else { std::env::temp_dir() };
         let path = base.join(format!("a3s-box-check-{}", std::process::id()));
-        fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("make {}", path.display()))?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .with_context(|| format!("make {}", path.display()))?;
         Ok(ProbeDir(path))
     }
 }
@@ -154,7 +164,10 @@ impl Drop for ProbeDir {
 
 fn tap() -> Finding {
     let open = fs::File::options().read(true).write(true).open("/dev/net/tun");
-    let result = open.map(|_| "/dev/net/tun may be opened".into()).map_err(crate::bundle::words).context("/dev/net/tun");
+    let result = open
+        .map(|_| "/dev/net/tun may be opened".into())
+        .map_err(crate::bundle::words)
+        .context("/dev/net/tun");
     finding("tap", false, result, "load the module (`modprobe tun`): a VM's network interface needs it")
 }
 
@@ -168,19 +181,27 @@ fn cgroups() -> Finding {
 }
 
 fn user_namespaces() -> Finding {
-    let limit = fs::read_to_string("/proc/sys/user/max_user_namespaces").ok().and_then(|text| text.trim().parse().ok());
+    let limit = fs::read_to_string("/proc/sys/user/max_user_namespaces")
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
     let result = match limit {
         Some(1u64..) => Ok("allowed".into()),
         Some(0) => Err(anyhow!("user.max_user_namespaces is 0")),
         None => Err(anyhow!("the kernel has none")),
     };
-    finding("user namespaces", false, result, "set the sysctl user.max_user_namespaces: rootless use needs it")
+    finding(
+        "user namespaces",
+        false,
+        result,
+        "set the sysctl user.max_user_namespaces: rootless use needs it",
+    )
 }
 
 fn memory() -> Finding {
     let table = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = table.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let free = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).map(|kib| kib >> 10);
+    let free =
+        line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).map(|kib| kib >> 10);
     let least = u64::from(vm::MIN_MEMORY_MIB);
     let result = match free {
         Some(free) if free >= least => Ok(format!("{free} MiB available (a VM takes what its guest uses)")),

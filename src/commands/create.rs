@@ -73,13 +73,12 @@ pub fn birth<'a>(context: &Context, args: &'a cli::Create, signals: Option<&Sign
     plan.vm.debug = context.log.is_debug();
     crate::vmm::usable()?;
     context.log.debug(&format!("planned: {} vCPUs, {} MiB", plan.vm.vcpus, plan.vm.memory_mib));
-    let cgroup = match context.cgroup_manager {
-        cli::CgroupManager::Disabled => Cgroup::default(),
-        _ => Cgroup::plan(&plan.cgroup)?,
-    };
     let entry = context.store.create(&args.id)?;
-    let record = record(&args.id, &bundle, cgroup);
+    let record = record(&args.id, &bundle, Cgroup::default());
     let mut born = Born { record, handle: None, pid_file: None, entry: Some(entry) };
+    if context.cgroup_manager != cli::CgroupManager::Disabled {
+        born.record.cgroup = Cgroup::plan(&plan.cgroup)?;
+    }
     born.save()?;
     raise(context, &mut born, plan, signals)?;
     born.record.ready = true;

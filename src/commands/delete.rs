@@ -4,7 +4,6 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Context;
 use crate::cli;
@@ -50,8 +49,7 @@ pub fn remove(entry: Entry, record: &Record) -> Result<()> {
             if monitor.is_alive() {
                 vmm::kill(pidfd.as_fd());
                 thaw(record);
-                let timeout = PollTimeout::try_from(GONE).unwrap_or(PollTimeout::MAX);
-                let _ = poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout);
+                vmm::ends_within(pidfd.as_fd(), GONE);
             }
         }
         if monitor.is_alive() {

@@ -21,7 +21,7 @@ pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
     }
     refuse_flags(args)?;
     let process = process(args, &record)?;
-    let mut connection = start::connect(&context.store.path(&args.id)?, &record)?;
+    let mut connection = start::connect(&context.store.path(&args.id)?, &record, guest::ANSWER)?;
     let signals = relay::take_signals()?;
     jail::drop_privileges()?;
     jail::confine_relay()?;
@@ -68,13 +68,15 @@ fn process(args: &cli::Exec, record: &Record) -> Result<proto::Process> {
 }
 
 fn from_file(path: &Path) -> Result<Process> {
-    let text = std::fs::read(path).map_err(bundle::words).with_context(|| format!("open {}", path.display()))?;
+    let text =
+        std::fs::read(path).map_err(bundle::words).with_context(|| format!("open {}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} is not a process", path.display()))
 }
 
 fn from_config(args: &cli::Exec, record: &Record) -> Result<Process> {
     let path = record.bundle.join("config.json");
-    let text = std::fs::read(&path).map_err(bundle::words).with_context(|| format!("open {}", path.display()))?;
+    let text =
+        std::fs::read(&path).map_err(bundle::words).with_context(|| format!("open {}", path.display()))?;
     let spec: Spec = serde_json::from_slice(&text).with_context(|| format!("read {}", path.display()))?;
     let mut process = spec.process().clone().context("config.json has no process")?;
     process.set_terminal(None);
@@ -84,7 +86,8 @@ fn from_config(args: &cli::Exec, record: &Record) -> Result<Process> {
     }
     let mut env = process.env().clone().unwrap_or_default();
     for entry in &args.env {
-        let (name, _) = entry.split_once('=').with_context(|| format!("--env {entry:?} is not NAME=VALUE"))?;
+        let (name, _) =
+            entry.split_once('=').with_context(|| format!("--env {entry:?} is not NAME=VALUE"))?;
         env.retain(|old| old.split('=').next() != Some(name));
         env.push(entry.clone());
     }
@@ -110,7 +113,8 @@ fn from_config(args: &cli::Exec, record: &Record) -> Result<Process> {
 
 /// `UID[:GID]`, numbers alone: names are the image's business, and engines have looked them up.
 fn set_user(user: &mut User, text: &str) -> Result<()> {
-    let number = |part: &str| part.parse::<u32>().map_err(|_| anyhow!("--user {text:?} is not UID[:GID] in numbers"));
+    let number =
+        |part: &str| part.parse::<u32>().map_err(|_| anyhow!("--user {text:?} is not UID[:GID] in numbers"));
     let (uid, gid) = match text.split_once(':') {
         Some((uid, gid)) => (number(uid)?, Some(number(gid)?)),
         None => (number(text)?, None),
@@ -125,7 +129,11 @@ fn set_user(user: &mut User, text: &str) -> Result<()> {
 fn add_capabilities(process: &mut Process, names: &[String]) -> Result<()> {
     let mut capabilities = process.capabilities().clone().unwrap_or_else(|| {
         let mut none = LinuxCapabilities::default();
-        none.set_bounding(None).set_effective(None).set_inheritable(None).set_permitted(None).set_ambient(None);
+        none.set_bounding(None)
+            .set_effective(None)
+            .set_inheritable(None)
+            .set_permitted(None)
+            .set_ambient(None);
         none
     });
     for name in names {
@@ -138,11 +146,8 @@ fn add_capabilities(process: &mut Process, names: &[String]) -> Result<()> {
             set.insert(capability);
             Some(set)
         };
-        let (bounding, effective, permitted) = (
-            with(capabilities.bounding()),
-            with(capabilities.effective()),
-            with(capabilities.permitted()),
-        );
+        let (bounding, effective, permitted) =
+            (with(capabilities.bounding()), with(capabilities.effective()), with(capabilities.permitted()));
         capabilities.set_bounding(bounding).set_effective(effective).set_permitted(permitted);
     }
     process.set_capabilities(Some(capabilities));

@@ -1,5 +1,6 @@
 //! `kill`: a signal for the workload. SIGKILL works whatever state the guest is in.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use a3s_box_proto::{Outcome, Request, Target};
@@ -10,9 +11,11 @@ use super::{Context, start};
 use crate::cli;
 use crate::guest;
 use crate::store::{ProcessId, Record, Status};
+use crate::vmm;
 
-/// A guest that has not taken a SIGKILL by then does not get another chance.
-const GRACE: Duration = Duration::from_secs(2);
+/// A guest that does not greet, or has not taken a SIGKILL, or has not let go of the process by then each time, does
+/// not get another chance.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// The verb.
 pub fn kill(context: &Context, args: &cli::Kill) -> Result<i32> {
@@ -22,14 +25,14 @@ pub fn kill(context: &Context, args: &cli::Kill) -> Result<i32> {
         Status::Stopped if args.all => Ok(0),
         Status::Stopped => bail!("container not running"),
         // A frozen guest answers nobody. The monitor keeps the signal until it thaws; SIGKILL ends it at once.
-        Status::Paused => signal_monitor(&record, signal).map(|()| 0),
+        Status::Paused => signal_paused(&record, signal),
         Status::Creating if signal == libc::SIGKILL => signal_monitor(&record, signal).map(|()| 0),
         Status::Creating => bail!("container is still being created"),
         Status::Created | Status::Running => {
             let dir = context.store.path(&args.id)?;
             let target = if args.all { Target::All } else { Target::Init };
             let wait = if signal == libc::SIGKILL { GRACE } else { guest::ANSWER };
-            let asked = start::connect(&dir, &record).and_then(|mut connection| {
+            let asked = start::connect(&dir, &record, wait).and_then(|mut connection| {
                 connection.call(&Request::Signal { container: record.id.clone(), signal, target }, wait)
             });
             settle(&record, signal, args.all, asked)
@@ -37,8 +40,18 @@ pub fn kill(context: &Context, args: &cli::Kill) -> Result<i32> {
     }
 }
 
+fn signal_paused(record: &Record, signal: i32) -> Result<i32> {
+    signal_monitor(record, signal)?;
+    if signal == libc::SIGKILL {
+        // cgroup v1 keeps even a SIGKILL waiting while it is frozen.
+        record.cgroup.freeze(false)?;
+    }
+    Ok(0)
+}
+
 fn settle(record: &Record, signal: i32, all: bool, asked: Result<Outcome>) -> Result<i32> {
     match asked {
+        Ok(Outcome::Done) if signal == libc::SIGKILL && !all => end(record),
         Ok(Outcome::Done) => Ok(0),
         Ok(Outcome::NotFound | Outcome::AlreadyExited) if all => Ok(0),
         Ok(Outcome::NotFound | Outcome::AlreadyExited) => bail!("container not running"),
@@ -48,6 +61,18 @@ fn settle(record: &Record, signal: i32, all: bool, asked: Result<Outcome>) -> Re
         Err(_) if record.status() == Status::Stopped => bail!("container not running"),
         Err(error) => Err(error),
     }
+}
+
+/// The guest took the SIGKILL. A guest kernel that then does not let go of the process loses its VM.
+fn end(record: &Record) -> Result<i32> {
+    if let Some(vm) = record.vm
+        && let Ok(pidfd) = vmm::pidfd_open(vm.pid)
+        && vm.is_alive()
+        && !vmm::ends_within(pidfd.as_fd(), GRACE)
+    {
+        vmm::kill(pidfd.as_fd());
+    }
+    Ok(0)
 }
 
 fn signal_monitor(record: &Record, signal: i32) -> Result<()> {

@@ -43,7 +43,8 @@ pub fn run(cli: Cli) -> u8 {
     if cli.global.version {
         return u8::from(write_out(&version()).is_err());
     }
-    let context = Context { store: Store::new(root(&cli.global)), log, cgroup_manager: cgroup_manager(&cli.global) };
+    let context =
+        Context { store: Store::new(root(&cli.global)), log, cgroup_manager: cgroup_manager(&cli.global) };
     match dispatch(&context, cli.command) {
         Ok(status) => status as u8,
         Err(error) => {

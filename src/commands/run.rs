@@ -23,10 +23,10 @@ pub fn run(context: &Context, args: &cli::Run) -> Result<i32> {
     }
     let status = wait(&handle, &signals)?;
     context.log.debug("ended");
-    let entry = context.store.open(&record.id)?;
-    if let Ok(message) = std::fs::read_to_string(entry.dir().join(LAST_MESSAGE))
-        && !message.is_empty()
-    {
+    // Somebody else may have deleted it meanwhile.
+    let Ok(entry) = context.store.open(&record.id) else { return Ok(status) };
+    let message = std::fs::read_to_string(entry.dir().join(LAST_MESSAGE)).unwrap_or_default();
+    if !message.is_empty() {
         context.log.error(&message);
     }
     if !args.keep {
@@ -40,7 +40,8 @@ pub fn run(context: &Context, args: &cli::Run) -> Result<i32> {
 fn wait(handle: &Handle, signals: &SignalFd) -> Result<i32> {
     let pidfd = vmm::pidfd_open(handle.pid)?;
     loop {
-        let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        let mut fds =
+            [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("poll"),

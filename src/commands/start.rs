@@ -1,5 +1,8 @@
 //! `start`: the created container's process runs.
 
+use std::path::Path;
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 
 use super::Context;
@@ -25,7 +28,7 @@ pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
         Status::Paused => bail!("cannot start a paused container"),
         Status::Creating => bail!("cannot start a container that is still being created"),
     }
-    let mut connection = connect(entry.dir(), record)?;
+    let mut connection = connect(entry.dir(), record, guest::ANSWER)?;
     match connection.call(&Request::Start { container: record.id.clone() }, guest::ANSWER)? {
         Outcome::Done => {}
         Outcome::Failed { text } => bail!("unable to start container process: {}", guest::clean(&text)),
@@ -37,8 +40,8 @@ pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
     entry.save(record)
 }
 
-/// Connects to the guest that a container lives in.
-pub fn connect(dir: &std::path::Path, record: &Record) -> Result<Connection> {
+/// Connects to the guest that a container lives in, which has `wait` to greet.
+pub fn connect(dir: &Path, record: &Record, wait: Duration) -> Result<Connection> {
     let Some(vm) = record.vm.filter(|vm| vm.is_alive()) else { bail!("container not running") };
-    Connection::open(&dir.join(VM_DIR), vm.pid)
+    Connection::open(&dir.join(VM_DIR), vm.pid, wait)
 }

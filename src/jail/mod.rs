@@ -34,7 +34,8 @@ impl Jail {
         make_private()?;
         let options = ["mode=0700".into(), "size=1m".into(), "nr_inodes=4096".into()];
         let base = file_system("tmpfs", "jail", &options, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV)?;
-        let open = |path: &Path| open_path(path).map_err(|e| anyhow!("{}: {}", path.display(), errno_words(e)));
+        let open =
+            |path: &Path| open_path(path).map_err(|e| anyhow!("{}: {}", path.display(), errno_words(e)));
         let run = clone_tree(open(run)?, false).context("the VM's directory")?;
         attach(&base, open(anchor)?).context("attach the jail's root")?;
         nix::unistd::fchdir(&base).context("enter the jail's root")?;
@@ -58,7 +59,8 @@ impl Jail {
         for export in exports {
             let kind = if export.is_dir { Kind::Directory } else { Kind::File };
             let path = PathBuf::from(EXPORT).join(&export.place);
-            attach(export.mount, root.place(&path, kind)?).with_context(|| format!("export {}", path.display()))?;
+            attach(export.mount, root.place(&path, kind)?)
+                .with_context(|| format!("export {}", path.display()))?;
         }
         Ok(())
     }
@@ -131,13 +133,66 @@ pub fn drop_privileges() -> Result<()> {
 
 /// System calls of a process that only moves bytes between descriptors it has, and dials the guest.
 const RELAY: &[&str] = &[
-    "read", "write", "readv", "writev", "pread64", "pwrite64", "lseek", "ftruncate", "close", "poll", "ppoll",
-    "recvfrom", "recvmsg", "sendto", "sendmsg", "shutdown", "socket", "connect", "getsockopt", "setsockopt",
-    "getpeername", "fstat", "newfstatat", "statx", "fcntl", "ioctl", "futex", "exit", "exit_group",
-    "wait4", "waitid", "kill", "tgkill", "tkill", "pidfd_send_signal", "rt_sigaction", "rt_sigprocmask",
-    "rt_sigreturn", "sigaltstack", "restart_syscall", "mmap", "munmap", "mremap", "mprotect", "madvise", "brk",
-    "getpid", "gettid", "getuid", "geteuid", "getrandom", "clock_gettime", "clock_nanosleep", "nanosleep",
-    "sched_yield", "sched_getaffinity", "set_robust_list", "rseq", "prctl", "eventfd2",
+    "read",
+    "write",
+    "readv",
+    "writev",
+    "pread64",
+    "pwrite64",
+    "lseek",
+    "ftruncate",
+    "close",
+    "poll",
+    "ppoll",
+    "recvfrom",
+    "recvmsg",
+    "sendto",
+    "sendmsg",
+    "shutdown",
+    "socket",
+    "connect",
+    "getsockopt",
+    "setsockopt",
+    "getpeername",
+    "fstat",
+    "newfstatat",
+    "statx",
+    "fcntl",
+    "ioctl",
+    "futex",
+    "exit",
+    "exit_group",
+    "wait4",
+    "waitid",
+    "kill",
+    "tgkill",
+    "tkill",
+    "pidfd_send_signal",
+    "rt_sigaction",
+    "rt_sigprocmask",
+    "rt_sigreturn",
+    "sigaltstack",
+    "restart_syscall",
+    "mmap",
+    "munmap",
+    "mremap",
+    "mprotect",
+    "madvise",
+    "brk",
+    "getpid",
+    "gettid",
+    "getuid",
+    "geteuid",
+    "getrandom",
+    "clock_gettime",
+    "clock_nanosleep",
+    "nanosleep",
+    "sched_yield",
+    "sched_getaffinity",
+    "set_robust_list",
+    "rseq",
+    "prctl",
+    "eventfd2",
 ];
 
 /// Allows [`RELAY`] alone. Before the first byte from the guest: a parser's bug must not be worth much.
@@ -145,7 +200,9 @@ pub fn confine_relay() -> Result<()> {
     let mut filter = ScmpFilterContext::new(ScmpAction::Errno(libc::EPERM)).context("seccomp filter")?;
     for name in RELAY {
         if let Ok(syscall) = ScmpSyscall::from_name(name) {
-            filter.add_rule(ScmpAction::Allow, syscall).with_context(|| format!("seccomp rule for {name}"))?;
+            filter
+                .add_rule(ScmpAction::Allow, syscall)
+                .with_context(|| format!("seccomp rule for {name}"))?;
         }
     }
     // clone3's flags lie in memory that a filter cannot see; glibc falls back to clone, whose flags can be seen.
@@ -153,7 +210,8 @@ pub fn confine_relay() -> Result<()> {
     filter.add_rule(ScmpAction::Errno(libc::ENOSYS), clone3).context("seccomp rule for clone3")?;
     let clone = ScmpSyscall::from_name("clone").context("seccomp rule for clone")?;
     let thread = libc::CLONE_THREAD as u64;
-    let is_thread = libseccomp::ScmpArgCompare::new(0, libseccomp::ScmpCompareOp::MaskedEqual(thread), thread);
+    let is_thread =
+        libseccomp::ScmpArgCompare::new(0, libseccomp::ScmpCompareOp::MaskedEqual(thread), thread);
     filter.add_rule_conditional(ScmpAction::Allow, clone, &[is_thread]).context("seccomp rule for clone")?;
     filter.load().context("load the seccomp filter")
 }

@@ -92,7 +92,9 @@ impl Sources {
             make_place(&root, &bind.destination, self.binds[index].1, &mut covered)?;
         }
         let rest = tree.binds.last().map_or(0, |bind| bind.after_places);
-        tree.places[rest..].iter().try_for_each(|(place, _)| make_place(&root, place, Kind::Directory, &mut covered))
+        tree.places[rest..]
+            .iter()
+            .try_for_each(|(place, _)| make_place(&root, place, Kind::Directory, &mut covered))
     }
 
     /// Makes the calling process's root the container as an engine expects it: every bind at its destination, procfs
@@ -143,7 +145,9 @@ fn add_places(root: &Root, places: &[(PathBuf, String)]) -> Result<()> {
         };
         // A place below a file system that only the guest has does not exist here, and nobody looks for it.
         if let Ok(place) = root.place(path, Kind::Directory) {
-            mount.and_then(|mount| attach(mount, place)).with_context(|| format!("mount {}", path.display()))?;
+            mount
+                .and_then(|mount| attach(mount, place))
+                .with_context(|| format!("mount {}", path.display()))?;
         }
     }
     Ok(())

@@ -61,7 +61,8 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
     let namespaces = namespaces(spec)?;
     let (tree, mounts) = mounts::plan(spec, rootfs, bundle)?;
     let linux = spec.linux().as_ref();
-    let process = spec.process().as_ref().context("process: config.json has none, there is nothing to run")?;
+    let process =
+        spec.process().as_ref().context("process: config.json has none, there is nothing to run")?;
     let guest = proto::Container {
         id: id.to_string(),
         rootfs: mounts::exported_rootfs(),
@@ -92,7 +93,9 @@ fn namespaces(spec: &Spec) -> Result<Namespaces> {
         }
         seen.push(kind);
         let wanted = match entry.path() {
-            Some(path) if !path.is_absolute() => bail!("linux.namespaces: path {} of {kind} is not absolute", path.display()),
+            Some(path) if !path.is_absolute() => {
+                bail!("linux.namespaces: path {} of {kind} is not absolute", path.display())
+            }
             Some(path) => Namespace::Join(path.clone()),
             None => Namespace::New,
         };
@@ -101,9 +104,13 @@ fn namespaces(spec: &Spec) -> Result<Namespaces> {
             LinuxNamespaceType::Ipc => found.ipc = wanted,
             LinuxNamespaceType::Uts => found.uts = wanted,
             // The guest makes these of its own for every container.
-            LinuxNamespaceType::Pid | LinuxNamespaceType::Mount | LinuxNamespaceType::Cgroup if wanted == Namespace::New => {}
+            LinuxNamespaceType::Pid | LinuxNamespaceType::Mount | LinuxNamespaceType::Cgroup
+                if wanted == Namespace::New => {}
             LinuxNamespaceType::Cgroup => {}
-            kind => bail!("linux.namespaces: {kind} {} is not supported", if wanted == Namespace::New { "" } else { "by path" }),
+            kind => bail!(
+                "linux.namespaces: {kind} {} is not supported",
+                if wanted == Namespace::New { "" } else { "by path" }
+            ),
         }
     }
     if found.network == Namespace::Inherit {
@@ -120,7 +127,9 @@ fn cgroup_path(id: &str, path: Option<&Path>) -> Result<PathBuf> {
         Some(path) if path.is_absolute() => path.strip_prefix("/").unwrap_or(path).to_path_buf(),
         Some(path) => Path::new(OWN_PARENT).join(path),
     };
-    if given.as_os_str().is_empty() || given.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
+    if given.as_os_str().is_empty()
+        || given.components().any(|c| !matches!(c, std::path::Component::Normal(_)))
+    {
         bail!("linux.cgroupsPath: {:?} does not name a cgroup", path.unwrap_or(Path::new("")));
     }
     Ok(given)
@@ -185,7 +194,9 @@ mod tests {
 
     #[test]
     fn a_config_without_a_program_is_refused() {
-        assert!(planned(|v| v["process"]["args"] = json!([])).unwrap_err().to_string().contains("process.args"));
+        assert!(
+            planned(|v| v["process"]["args"] = json!([])).unwrap_err().to_string().contains("process.args")
+        );
         assert!(planned(|v| v["process"] = Value::Null).unwrap_err().to_string().contains("process"));
     }
 }

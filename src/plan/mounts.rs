@@ -41,9 +41,32 @@ pub struct Bind {
 
 /// Options that are honoured, for `features`; file systems take their own beside these.
 pub const OPTIONS: [&str; 26] = [
-    "atime", "bind", "defaults", "dev", "diratime", "exec", "noatime", "nodev", "nodiratime", "noexec", "norelatime",
-    "nostrictatime", "nosuid", "nosymfollow", "private", "rbind", "relatime", "ro", "rprivate", "rslave", "rw",
-    "slave", "strictatime", "suid", "symfollow", "unbindable",
+    "atime",
+    "bind",
+    "defaults",
+    "dev",
+    "diratime",
+    "exec",
+    "noatime",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "nosymfollow",
+    "private",
+    "rbind",
+    "relatime",
+    "ro",
+    "rprivate",
+    "rslave",
+    "rw",
+    "slave",
+    "strictatime",
+    "suid",
+    "symfollow",
+    "unbindable",
 ];
 
 /// Types that the guest mounts itself.
@@ -96,7 +119,9 @@ fn guest_type(mount: &Mount, index: usize) -> Result<&str> {
         // The guest has cgroup v2 alone.
         Some("cgroup") => Ok("cgroup2"),
         Some(kind) if GUEST_TYPES.contains(&kind) => Ok(kind),
-        Some(kind) => bail!("mounts[{index}].type: {kind:?} is not supported (bind, {})", GUEST_TYPES.join(", ")),
+        Some(kind) => {
+            bail!("mounts[{index}].type: {kind:?} is not supported (bind, {})", GUEST_TYPES.join(", "))
+        }
         None => bail!("mounts[{index}].type: missing, and the options do not ask for a bind"),
     }
 }
@@ -150,7 +175,9 @@ impl Options {
             // Nothing of a guest's mounts reaches the host, and the host's reach the guest by the source alone.
             "private" | "rprivate" | "slave" | "rslave" | "unbindable" | "runbindable" => {}
             "shared" | "rshared" => {
-                bail!("mounts[{index}].options: {option:?} is not supported: a guest's mounts cannot propagate to the host")
+                bail!(
+                    "mounts[{index}].options: {option:?} is not supported: a guest's mounts cannot propagate to the host"
+                )
             }
             _ => match attribute(option) {
                 Some((bits, true)) => self.set(bits),
@@ -197,8 +224,24 @@ fn attribute(option: &str) -> Option<(u64, bool)> {
 /// Options of runc's that need more than an attribute; they would be lost as file system data.
 fn is_refused(option: &str) -> bool {
     const NAMES: [&str; 18] = [
-        "rro", "rrw", "rnosuid", "rsuid", "rnodev", "rdev", "rnoexec", "rexec", "rnoatime", "ratime", "rstrictatime",
-        "rrelatime", "rnodiratime", "rdiratime", "rnosymfollow", "rsymfollow", "tmpcopyup", "remount",
+        "rro",
+        "rrw",
+        "rnosuid",
+        "rsuid",
+        "rnodev",
+        "rdev",
+        "rnoexec",
+        "rexec",
+        "rnoatime",
+        "ratime",
+        "rstrictatime",
+        "rrelatime",
+        "rnodiratime",
+        "rdiratime",
+        "rnosymfollow",
+        "rsymfollow",
+        "tmpcopyup",
+        "remount",
     ];
     NAMES.contains(&option) || option.starts_with("idmap") || option.starts_with("ridmap")
 }
@@ -231,7 +274,10 @@ mod tests {
         assert_eq!((tree.binds[0].after_places, tree.binds[1].after_places), (1, 2));
         assert_eq!(tree.places.len(), 3);
         let Source::FileSystem { kind, options, .. } = &guest[2].source else { panic!() };
-        assert_eq!((kind.as_str(), options.as_slice()), ("tmpfs", &["mode=755".into(), "size=65536k".into()][..]));
+        assert_eq!(
+            (kind.as_str(), options.as_slice()),
+            ("tmpfs", &["mode=755".into(), "size=65536k".into()][..])
+        );
         let Source::FileSystem { kind, .. } = &guest[4].source else { panic!() };
         assert_eq!(kind, "cgroup2");
     }

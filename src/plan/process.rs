@@ -42,7 +42,11 @@ fn rlimits(process: &Process) -> Result<Vec<proto::Rlimit>> {
             bail!("process.rlimits: {kind} is given twice");
         }
         if limit.soft() > limit.hard() {
-            bail!("process.rlimits: {kind}: soft limit {} is above hard limit {}", limit.soft(), limit.hard());
+            bail!(
+                "process.rlimits: {kind}: soft limit {} is above hard limit {}",
+                limit.soft(),
+                limit.hard()
+            );
         }
         limits.push(proto::Rlimit { resource, soft: limit.soft(), hard: limit.hard() });
     }
@@ -85,7 +89,8 @@ fn capabilities(process: &Process) -> Result<proto::Capabilities> {
 fn mask(set: &Option<HashSet<oci::Capability>>) -> Result<u64> {
     let bit = |capability: &oci::Capability| {
         let name = format!("CAP_{}", capability.to_string().trim_start_matches("CAP_"));
-        let known = name.parse::<Capability>().map_err(|_| anyhow!("process.capabilities: {name} is not known"))?;
+        let known =
+            name.parse::<Capability>().map_err(|_| anyhow!("process.capabilities: {name} is not known"))?;
         Ok(known.bitmask())
     };
     set.iter().flatten().map(bit).try_fold(0, |mask, bit: Result<u64>| Ok(mask | bit?))
@@ -104,8 +109,12 @@ mod tests {
 
     #[test]
     fn sets_become_masks_and_absence_means_none() {
-        let given = planned(|v| v["capabilities"] = json!({"bounding": ["CAP_CHOWN", "CAP_KILL"], "ambient": []}));
-        assert_eq!(given.unwrap().capabilities, proto::Capabilities { bounding: 0b10_0001, ..Default::default() });
+        let given =
+            planned(|v| v["capabilities"] = json!({"bounding": ["CAP_CHOWN", "CAP_KILL"], "ambient": []}));
+        assert_eq!(
+            given.unwrap().capabilities,
+            proto::Capabilities { bounding: 0b10_0001, ..Default::default() }
+        );
         assert_eq!(planned(|_| ()).unwrap().capabilities, proto::Capabilities::default());
     }
 

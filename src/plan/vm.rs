@@ -54,7 +54,9 @@ pub fn plan(spec: &Spec) -> Result<Vm> {
     let memory_mib = match annotations.get("a3s.box/memory-mib") {
         Some(text) => match text.parse() {
             Ok(n) if n >= MIN_MEMORY_MIB => n,
-            _ => bail!("annotation a3s.box/memory-mib: {text:?} is not a number of MiB from {MIN_MEMORY_MIB} (the least that boots)"),
+            _ => bail!(
+                "annotation a3s.box/memory-mib: {text:?} is not a number of MiB from {MIN_MEMORY_MIB} (the least that boots)"
+            ),
         },
         None => memory_mib(resources)?,
     };
@@ -195,7 +197,8 @@ mod tests {
             v["linux"]["resources"] = json!({"memory": {"limit": 1000}, "pids": {"limit": 7},
                 "cpu": {"quota": 50_000, "period": 20_000, "shares": 1024}});
         });
-        let expected = [("memory.max", "1000"), ("pids.max", "7"), ("cpu.max", "50000 20000"), ("cpu.weight", "39")];
+        let expected =
+            [("memory.max", "1000"), ("pids.max", "7"), ("cpu.max", "50000 20000"), ("cpu.weight", "39")];
         let expected = expected.map(|(file, value)| (file.to_string(), value.to_string()));
         assert_eq!(guest_limits(&spec).unwrap(), expected);
     }

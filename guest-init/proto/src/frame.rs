@@ -244,7 +244,10 @@ mod tests {
     fn oversized_lengths_are_refused_before_their_body_comes() {
         assert_eq!(error_of(&[0xff, 0xff, 0xff, 0xff]), Error::Oversized(u32::MAX as usize));
         let data = (MAX_DATA as u32 + 3).to_le_bytes();
-        assert_eq!(error_of(&[data[0], data[1], data[2], data[3], KIND_DATA]), Error::Oversized(MAX_DATA + 3));
+        assert_eq!(
+            error_of(&[data[0], data[1], data[2], data[3], KIND_DATA]),
+            Error::Oversized(MAX_DATA + 3)
+        );
         assert_eq!(error_of(&[3, 0, 0, 0, KIND_END]), Error::Oversized(3));
     }
 

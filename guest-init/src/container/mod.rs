@@ -5,6 +5,7 @@
 
 mod limits;
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use a3s_box_proto::{self as proto, Process, ProcessInfo};
@@ -44,6 +45,9 @@ pub struct Container {
     gate: Option<OwnedFd>,
     pidfd: OwnedFd,
     cgroup: Cgroup,
+    /// Held until the container is forgotten. If its last process took the namespace along, virtiofs submounts would
+    /// go while their files' releases are still under way, and the guest kernel stops at "Busy inodes after unmount".
+    mounts: Option<File>,
 }
 
 /// A process just cloned: who it is, its streams, and the pipe on which it tells how it goes.
@@ -72,8 +76,14 @@ pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
             }
         }
     };
-    let container =
-        Container { init: pid, state: State::Creating, gate: Some(gate), pidfd: pidfd_open(pid)?, cgroup };
+    let container = Container {
+        init: pid,
+        state: State::Creating,
+        gate: Some(gate),
+        pidfd: pidfd_open(pid)?,
+        cgroup,
+        mounts: File::open(format!("/proc/{pid}/ns/mnt")).ok(),
+    };
     Ok((container, Born { pid, stdio, status }))
 }
 
@@ -106,7 +116,11 @@ impl Container {
         let Side::Parent(helper) = fork(0)? else {
             // Entering a pid namespace takes effect for children only: the helper clones a sibling of its own.
             // It stays out of the container's cgroup, where a freezer could hold it and pid 1 with it.
-            let error = match self.cgroup.door().and_then(|door| Ok((door, self.enter()?, fork(libc::CLONE_PARENT)?))) {
+            let error = match self
+                .cgroup
+                .door()
+                .and_then(|door| Ok((door, self.enter()?, fork(libc::CLONE_PARENT)?)))
+            {
                 Ok((door, (), Side::Child)) => {
                     let joined = limits::join(&door);
                     let story = arrange(ends, Pipes { status: child_status, gate: None });
@@ -161,6 +175,9 @@ impl Container {
 
     /// Removes what the container leaves in the guest.
     pub fn remove(self) {
+        // The device answers in order: once it has answered this, it has answered every release before it.
+        let _ = nix::sys::statfs::statfs("/");
+        drop(self.mounts);
         self.cgroup.remove();
     }
 }
@@ -191,7 +208,8 @@ fn read_story(status: &OwnedFd) -> String {
 fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
     use std::os::fd::FromRawFd;
     // SAFETY: pidfd_open takes plain numbers and returns a new descriptor or an error.
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) }).context("pidfd_open")?;
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })
+        .context("pidfd_open")?;
     // SAFETY: the kernel just gave this descriptor to us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
@@ -207,10 +225,14 @@ fn describe(pid: Pid) -> Option<ProcessInfo> {
     let parent = field(&status, "PPid:", false)?;
     let parent_status = std::fs::read_to_string(format!("/proc/{parent}/status")).unwrap_or_default();
     // A parent outside the container's pid namespace has one number less.
-    let depth = |text: &str| text.lines().find(|l| l.starts_with("NSpid:")).map_or(0, |l| l.split_whitespace().count());
-    let ppid = if depth(&parent_status) == depth(&status) { field(&parent_status, "NSpid:", true)? } else { 0 };
+    let depth = |text: &str| {
+        text.lines().find(|l| l.starts_with("NSpid:")).map_or(0, |l| l.split_whitespace().count())
+    };
+    let ppid =
+        if depth(&parent_status) == depth(&status) { field(&parent_status, "NSpid:", true)? } else { 0 };
     let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let words: Vec<_> = command.split(|b| *b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
+    let words: Vec<_> =
+        command.split(|b| *b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
     let name = || std::fs::read_to_string(format!("/proc/{pid}/comm")).map(|c| format!("[{}]", c.trim_end()));
     Some(ProcessInfo {
         pid: field(&status, "NSpid:", true)? as i32,
