@@ -9,19 +9,14 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// OCI runtime that runs every container in its own libkrun microVM
 #[derive(Debug, Parser)]
-#[command(
-    name = "a3s-box",
-    disable_version_flag = true,
-    subcommand_required = true,
-    arg_required_else_help = true
-)]
+#[command(name = "a3s-box", disable_version_flag = true, arg_required_else_help = true)]
 pub struct Cli {
     /// Flags before the verb
     #[command(flatten)]
     pub global: Global,
-    /// The verb
+    /// The verb; `--version` alone goes without
     #[command(subcommand)]
-    pub command: Command,
+    pub command: Option<Command>,
 }
 
 /// Flags that go before the verb.
@@ -393,6 +388,8 @@ mod tests {
             "a3s-box checkpoint --image-path /i --help",
             "a3s-box restore -no-subreaper --lsm-mount-context",
             "a3s-box features",
+            "a3s-box --root=/r --version",
+            "a3s-box -v",
         ] {
             parse(line);
         }
@@ -400,9 +397,8 @@ mod tests {
 
     #[test]
     fn what_follows_the_id_belongs_to_the_command() {
-        let Command::Exec(exec) = parse("a3s-box exec -e A=1 id ls -la --help -e B=2").command else {
-            panic!()
-        };
+        let cli = parse("a3s-box exec -e A=1 id ls -la --help -e B=2");
+        let Some(Command::Exec(exec)) = cli.command else { panic!() };
         assert_eq!(exec.command, ["ls", "-la", "--help", "-e", "B=2"]);
         assert_eq!(exec.env, ["A=1"]);
     }

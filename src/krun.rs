@@ -170,8 +170,9 @@ fn attach(context: u32, devices: &Devices) -> anyhow::Result<()> {
     check(status, "map the control port").map(drop)
 }
 
-/// Has libkrun load the kernel from `file`, which it opens anew by `/proc/self/fd`, instead of mapping libkrunfw's own pages, whose size and alignment keep
-/// huge pages away from all the guest RAM behind them. The boot is a third shorter where the host has huge pages.
+/// Has libkrun load the kernel from `file`, which it opens anew by `/proc/self/fd`, instead of mapping libkrunfw's own
+/// pages, whose size and alignment keep huge pages away from all the guest RAM behind them. The boot is a third shorter
+/// where the host has huge pages.
 fn set_kernel(context: u32, file: &File) -> anyhow::Result<()> {
     const ELF: u32 = 1;
     let path = c_path(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())))?;

@@ -36,13 +36,9 @@ fn main() -> ExitCode {
     if args.next().as_deref() == Some(OsStr::new(vmm::NAME)) {
         vmm::main(args.next().and_then(|arg| arg.into_string().ok()));
     }
-    // `-v` needs no verb, which clap would ask for.
-    let args = cli::normalize(std::env::args_os());
-    if matches!(args.get(1).and_then(|arg| arg.to_str()), Some("--version" | "-v")) && args.len() == 2 {
-        print!("{}", commands::version());
-        return ExitCode::SUCCESS;
-    }
-    let cli = match cli::Cli::try_parse_from(args) {
+    // The caller's may be anything; what is made here has modes of its own.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    let cli = match cli::Cli::try_parse_from(cli::normalize(std::env::args_os())) {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();

@@ -209,7 +209,6 @@ impl Store {
             // Deleted while we waited for its lock.
             Ok(_) if !dir.exists() => Err(Error::NotFound.into()),
             Ok(lock) => Ok(Entry { dir, _lock: lock }),
-            Err(error) if is_missing(&error) => Err(Error::NotFound.into()),
             Err(error) => Err(error),
         }
     }
@@ -238,12 +237,6 @@ impl Store {
     }
 }
 
-fn is_missing(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<io::Error>()
-        .is_some_and(|e| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory))
-}
-
 fn lock(dir: &Path) -> Result<Flock<File>> {
     let path = dir.join("lock");
     let file = File::options()
@@ -252,7 +245,11 @@ fn lock(dir: &Path) -> Result<Flock<File>> {
         .write(true)
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW)
-        .open(&path)?;
+        .open(&path);
+    let file = file.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Error::NotFound.into(),
+        _ => crate::bundle::words(error).context(format!("open {}", path.display())),
+    })?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("lock")
 }
 

@@ -40,6 +40,8 @@ pub const NAME: &str = "a3s-box-vmm";
 static GUEST_INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest-init"));
 /// Device nodes that libkrun opens after the pivot.
 const NODES: &[&str] = if cfg!(feature = "local-guest") { &[] } else { &["/dev/kvm"] };
+/// Of the caller's environment: where libraries and the shared kernel image lie. The rest is none of the VMM's business.
+const KEPT_ENV: [&str; 2] = ["LD_LIBRARY_PATH", "XDG_RUNTIME_DIR"];
 /// Descriptors in one message; the kernel's own bound is 253.
 const BATCH: usize = 128;
 
@@ -82,6 +84,7 @@ pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path) -> Result<Vmm> {
         .arg0(NAME)
         .arg(theirs.as_raw_fd().to_string())
         .env_clear()
+        .envs(std::env::vars_os().filter(|(name, _)| KEPT_ENV.iter().any(|kept| name == kept)))
         .stdin(Stdio::null())
         .stdout(output.try_clone().context("console")?)
         .stderr(output);

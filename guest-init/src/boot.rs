@@ -65,6 +65,9 @@ pub fn prepare() -> Result<()> {
     }
     mount_one("cgroup2", CGROUP_ROOT, hardened)?;
     delegate_controllers(CGROUP_ROOT);
+    // The guest kernel starts with a bound of 4096; workloads expect a host's.
+    #[cfg(not(feature = "local"))]
+    let _ = fs::write("/proc/sys/kernel/pid_max", "4194304");
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     loopback_up().context("bring lo up")
 }

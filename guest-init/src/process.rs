@@ -9,14 +9,14 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use a3s_box_proto::Process;
 use anyhow::{Context, Result, anyhow, bail};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
-use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::sys::signal::SigSet;
 use nix::unistd::{Gid, Pid, Uid};
 
 use crate::stdio::Ends;
@@ -189,7 +189,7 @@ fn set_limits(process: &Process) -> Result<()> {
 /// Bounding set, ids, then the remaining sets: each step still has the privilege it needs.
 fn become_user(process: &Process) -> Result<()> {
     let wanted = &process.capabilities;
-    for capability in caps::runtime::procfs_all_supported(None).context("capabilities of the guest kernel")? {
+    for capability in caps::runtime::thread_all_supported() {
         if wanted.bounding & capability.bitmask() == 0 {
             caps::drop(None, CapSet::Bounding, capability).context("process.capabilities.bounding")?;
         }
@@ -233,7 +233,7 @@ fn environment(process: &Process) -> Vec<String> {
 
 fn home(uid: u32) -> String {
     let uid = uid.to_string();
-    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let passwd = passwd().unwrap_or_default();
     passwd
         .lines()
         .map(|line| line.split(':').collect::<Vec<_>>())
@@ -241,7 +241,19 @@ fn home(uid: u32) -> String {
         .map_or_else(|| "/".into(), |fields| fields[5].to_string())
 }
 
-/// Looks argv[0] up as a shell would, with the texts that engines map to 126 and 127.
+/// The image's passwd file, if it is one: a FIFO would block, a device would never end.
+fn passwd() -> Option<String> {
+    const LONGEST: u64 = 1 << 20;
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open("/etc/passwd").ok()?;
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let mut text = String::new();
+    file.take(LONGEST).read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
+/// Looks the program up as a shell would, with the texts that engines map to 126 and 127.
 fn find_program(process: &Process, env: &[String]) -> Result<String> {
     let name = process.args.first().context("process.args is empty")?;
     if name.contains('/') {
@@ -281,9 +293,11 @@ fn executable(path: &Path) -> Result<(), Errno> {
 
 /// Handlers do not survive execve, but ignored signals and the mask do.
 fn reset_signals() -> Result<()> {
-    for number in Signal::iterator().filter(|s| !matches!(s, Signal::SIGKILL | Signal::SIGSTOP)) {
-        // SAFETY: installs a default disposition, no handler code.
-        unsafe { signal(number, SigHandler::SigDfl) }.with_context(|| format!("reset {number}"))?;
+    // The kernel's own struct, all zero: default action. glibc keeps two of the numbers from its callers.
+    let default = [0u64; 4];
+    for number in 1..=64 {
+        // SAFETY: the struct lives until after the call and the mask's size is given; no handler is installed.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, number, default.as_ptr(), 0usize, 8usize) };
     }
     SigSet::empty().thread_set_mask().context("signal mask")
 }

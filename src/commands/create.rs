@@ -67,6 +67,7 @@ impl Drop for Born<'_> {
 /// Creates a container. With `signals`, one that would end the caller ends the attempt.
 pub fn birth<'a>(context: &Context, args: &'a cli::Create, signals: Option<&SignalFd>) -> Result<Born<'a>> {
     refuse_flags(context, args)?;
+    context.store.path(&args.id)?;
     let bundle = bundle::open(&args.bundle)?;
     bundle.warnings.iter().for_each(|warning| context.log.warn(warning));
     let mut plan = plan::plan(&args.id, &bundle.spec, &bundle.rootfs, &bundle.dir)?;

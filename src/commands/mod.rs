@@ -32,7 +32,7 @@ pub struct Context {
 
 /// Runs one command and returns its exit status: 0, 1, for `exec` 255, for foreground processes their own.
 pub fn run(cli: Cli) -> u8 {
-    let failure = if matches!(cli.command, Command::Exec(_)) { 255 } else { 1 };
+    let failure = if matches!(cli.command, Some(Command::Exec(_))) { 255 } else { 1 };
     let log = match Log::open(&cli.global) {
         Ok(log) => log,
         Err(error) => {
@@ -45,7 +45,11 @@ pub fn run(cli: Cli) -> u8 {
     }
     let context =
         Context { store: Store::new(root(&cli.global)), log, cgroup_manager: cgroup_manager(&cli.global) };
-    match dispatch(&context, cli.command) {
+    let Some(command) = cli.command else {
+        context.log.error("there is no verb (see --help)");
+        return failure;
+    };
+    match dispatch(&context, command) {
         Ok(status) => status as u8,
         Err(error) => {
             context.log.error(&format!("{error:#}"));

@@ -118,7 +118,7 @@ pub fn raise_limits() {
 /// Gives up capabilities and the way to new ones.
 pub fn drop_privileges() -> Result<()> {
     nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
-    let supported = caps::runtime::procfs_all_supported(None).context("capabilities")?;
+    let supported = caps::runtime::thread_all_supported();
     // Without CAP_SETPCAP the bounding set stays, and means nothing: no_new_privs bars every gain.
     if caps::has_cap(None, CapSet::Effective, caps::Capability::CAP_SETPCAP).unwrap_or(false) {
         for capability in supported {

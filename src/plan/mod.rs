@@ -89,7 +89,7 @@ fn namespaces(spec: &Spec) -> Result<Namespaces> {
     for entry in spec.linux().iter().filter_map(|linux| linux.namespaces().as_ref()).flatten() {
         let kind = entry.typ();
         if seen.contains(&kind) {
-            bail!("linux.namespaces: {kind} is given twice");
+            bail!("linux.namespaces: {} is given twice", word(kind));
         }
         seen.push(kind);
         let wanted = match entry.path() {
@@ -107,16 +107,19 @@ fn namespaces(spec: &Spec) -> Result<Namespaces> {
             LinuxNamespaceType::Pid | LinuxNamespaceType::Mount | LinuxNamespaceType::Cgroup
                 if wanted == Namespace::New => {}
             LinuxNamespaceType::Cgroup => {}
-            kind => bail!(
-                "linux.namespaces: {kind} {} is not supported",
-                if wanted == Namespace::New { "" } else { "by path" }
-            ),
+            kind if wanted == Namespace::New => bail!("linux.namespaces: {} is not supported", word(kind)),
+            kind => bail!("linux.namespaces: {} by path is not supported", word(kind)),
         }
     }
     if found.network == Namespace::Inherit {
         bail!("linux.namespaces: there is no network namespace, and the host's network is not supported");
     }
     Ok(found)
+}
+
+/// config.json's word for a namespace, which the type shows only when it is serialized.
+fn word(kind: LinuxNamespaceType) -> String {
+    serde_json::to_value(kind).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 /// cgroupfs: an absolute path is taken as it is, a relative one lies below `/a3s-box`, as does a container without one.
