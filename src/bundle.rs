@@ -25,9 +25,9 @@ pub struct Bundle {
 
 /// Opens the bundle in `dir`.
 pub fn open(dir: &Path) -> Result<Bundle> {
-    let dir = fs::canonicalize(dir).map_err(words).with_context(|| format!("bundle {}", dir.display()))?;
+    let dir = fs::canonicalize(dir).with_context(|| format!("bundle {}", dir.display()))?;
     let path = dir.join("config.json");
-    let text = fs::read(&path).map_err(words).with_context(|| format!("open {}", path.display()))?;
+    let text = fs::read(&path).with_context(|| format!("open {}", path.display()))?;
     let config: serde_json::Value =
         serde_json::from_slice(&text).with_context(|| format!("{} is not valid JSON", path.display()))?;
     check_version(&config["ociVersion"])?;
@@ -36,8 +36,7 @@ pub fn open(dir: &Path) -> Result<Bundle> {
         serde_path(config).with_context(|| format!("{} is not a runtime configuration", path.display()))?;
     let root = spec.root().as_ref().context("root: config.json gives no root file system")?;
     let rootfs = dir.join(root.path());
-    let metadata =
-        fs::metadata(&rootfs).map_err(words).with_context(|| format!("root.path {}", rootfs.display()))?;
+    let metadata = fs::metadata(&rootfs).with_context(|| format!("root.path {}", rootfs.display()))?;
     if !metadata.is_dir() {
         bail!("root.path {}: not a directory", rootfs.display());
     }
@@ -70,14 +69,6 @@ fn check_version(version: &serde_json::Value) -> Result<()> {
         Some([_, _, _]) => bail!("ociVersion: {text:?} is not supported, only 1.x is"),
         _ if version.is_null() => bail!("ociVersion: missing in config.json"),
         _ => bail!("ociVersion: {version} is not a version"),
-    }
-}
-
-/// An I/O error in lower-case words, as engines look for them.
-pub fn words(error: std::io::Error) -> anyhow::Error {
-    match error.raw_os_error() {
-        Some(code) => anyhow::anyhow!("{}", nix::errno::Errno::from_raw(code).desc().to_lowercase()),
-        None => error.into(),
     }
 }
 

@@ -9,6 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 
 use crate::cli::{Global, LogFormat};
 
@@ -26,10 +27,7 @@ impl Log {
         let file = match &global.log {
             Some(path) => {
                 let file = File::options().create(true).append(true).mode(0o644).open(path);
-                Some(
-                    file.map_err(crate::bundle::words)
-                        .with_context(|| format!("open log {}", path.display()))?,
-                )
+                Some(file.with_context(|| format!("open log {}", path.display()))?)
             }
             None => None,
         };
@@ -80,5 +78,30 @@ impl Log {
             LogFormat::Text => format!("time=\"{time:.0}\" level={level} msg={message:?}\n"),
         };
         let _ = file.write_all(line.as_bytes());
+    }
+}
+
+/// An error and its causes as one line, system errors in the lower-case words that engines look for.
+pub fn sentence(error: &anyhow::Error) -> String {
+    let words = |cause: &(dyn std::error::Error + 'static)| {
+        let code = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        match code.map(Errno::from_raw).or_else(|| cause.downcast_ref::<Errno>().copied()) {
+            Some(errno) => errno.desc().to_lowercase(),
+            None => cause.to_string(),
+        }
+    };
+    error.chain().map(words).collect::<Vec<_>>().join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn system_errors_speak_the_words_that_engines_grep_for() {
+        let io = std::io::Error::from_raw_os_error(libc::ENOENT);
+        let error = anyhow::Error::new(io).context("open /b/config.json").context("bundle");
+        assert_eq!(sentence(&error), "bundle: open /b/config.json: no such file or directory");
+        assert_eq!(sentence(&anyhow::Error::new(Errno::EACCES).context("mount")), "mount: permission denied");
     }
 }

@@ -30,6 +30,7 @@ use crate::cgroup::Cgroup;
 use crate::console::Console;
 use crate::guest::{self, Connection, NotReady};
 use crate::jail::{self, tree};
+use crate::log::sentence;
 use crate::plan::{Namespace, Plan};
 use crate::relay::{self, Vm, VmDied};
 use crate::store::VM_DIR;
@@ -86,7 +87,7 @@ pub fn spawn(plan: Plan, dir: &Path, cgroup: &Cgroup) -> Result<Handle> {
     match Errno::result(pid).context("clone the monitor")? {
         0 => {
             let kept: Vec<_> =
-                joined.0.iter().map(|(_, fd)| fd.as_raw_fd()).chain([theirs.as_raw_fd()]).collect();
+                joined.0.iter().map(|(_, fd, _)| fd.as_raw_fd()).chain([theirs.as_raw_fd()]).collect();
             jail::keep_only(&kept);
             let status = live(plan, dir, cgroup, joined, theirs);
             // SAFETY: _exit takes any status and does not return; no exit handler of the parent's may run here.
@@ -97,7 +98,7 @@ pub fn spawn(plan: Plan, dir: &Path, cgroup: &Cgroup) -> Result<Handle> {
 }
 
 /// Namespaces to join, opened while their paths mean what the caller meant.
-struct Joined(Vec<(CloneFlags, OwnedFd)>);
+struct Joined(Vec<(CloneFlags, OwnedFd, String)>);
 
 impl Joined {
     fn open(plan: &Plan) -> Result<Self> {
@@ -109,19 +110,19 @@ impl Joined {
         ] {
             let Namespace::Join(path) = namespace else { continue };
             let shown = format!("linux.namespaces: join {name} namespace {}", path.display());
-            let fd = File::open(path).map_err(crate::bundle::words).context(shown.clone())?;
+            let fd = File::open(path).context(shown.clone())?;
             if name == "network" && [1, std::process::id()].iter().any(|pid| is_namespace_of(&fd, *pid, kind))
             {
                 bail!("{shown}: it is the host's, and the host's network is not supported");
             }
-            joined.push((flag, fd.into()));
+            joined.push((flag, fd.into(), shown));
         }
         Ok(Joined(joined))
     }
 
     fn enter(self) -> Result<()> {
-        for (flag, fd) in self.0 {
-            setns(fd, flag).with_context(|| format!("linux.namespaces: join ({flag:?})"))?;
+        for (flag, fd, shown) in self.0 {
+            setns(fd, flag).context(shown)?;
         }
         Ok(())
     }
@@ -217,7 +218,7 @@ fn live(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, channel: OwnedF
     let (mut stage, connection) = match born {
         Ok(born) => born,
         Err(error) => {
-            reporter.send(&Report::Failed(guest::clean(&format!("{error:#}"))), None);
+            reporter.send(&Report::Failed(guest::clean(&sentence(&error))), None);
             return 1;
         }
     };
@@ -226,7 +227,7 @@ fn live(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, channel: OwnedF
     match relay::run(connection, &stage.id, &stage.signals, Some(&mut stage.vm)) {
         Ok(status) => status.code(),
         Err(error) => {
-            let _ = stage.last_message.write_all(guest::clean(&format!("{error:#}")).as_bytes());
+            let _ = stage.last_message.write_all(guest::clean(&sentence(&error)).as_bytes());
             error.downcast_ref::<VmDied>().map_or(255, |died| died.status)
         }
     }
@@ -274,7 +275,7 @@ fn prepare(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, reporter: &R
 }
 
 fn open(path: &Path) -> Result<OwnedFd> {
-    let dir = File::open(path).map_err(crate::bundle::words);
+    let dir = File::open(path);
     Ok(dir.with_context(|| format!("open {}", path.display()))?.into())
 }
 

@@ -190,16 +190,21 @@ impl Store {
             .recursive(true)
             .mode(0o700)
             .create(&self.root)
-            .map_err(crate::bundle::words)
             .with_context(|| format!("make state directory {}", self.root.display()))?;
         match DirBuilder::new().mode(0o700).create(&dir) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(Error::Exists.into()),
             Err(error) => {
-                return Err(crate::bundle::words(error)).with_context(|| format!("make {}", dir.display()));
+                return Err(error).with_context(|| format!("make {}", dir.display()));
             }
         }
-        lock(&dir).map(|lock| Entry { dir, _lock: lock })
+        match lock(&dir) {
+            Ok(lock) => Ok(Entry { dir, _lock: lock }),
+            Err(error) => {
+                let _ = fs::remove_dir_all(&dir);
+                Err(error)
+            }
+        }
     }
 
     /// Locks an existing container's directory.
@@ -248,7 +253,7 @@ fn lock(dir: &Path) -> Result<Flock<File>> {
         .open(&path);
     let file = file.map_err(|error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Error::NotFound.into(),
-        _ => crate::bundle::words(error).context(format!("open {}", path.display())),
+        _ => anyhow::Error::new(error).context(format!("open {}", path.display())),
     })?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("lock")
 }
@@ -310,7 +315,7 @@ pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
         .and_then(|()| fs::rename(&temporary, path));
     written.map_err(|error| {
         let _ = fs::remove_file(&temporary);
-        crate::bundle::words(error).context(format!("write {}", path.display()))
+        anyhow::Error::new(error).context(format!("write {}", path.display()))
     })
 }
 

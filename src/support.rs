@@ -77,6 +77,9 @@ pub const FIELDS: &[(&str, Support)] = &[
     ("freebsd", Refused("this is a Linux runtime")),
 ];
 
+/// Types of namespaces that the spec knows.
+const NAMESPACES: [&str; 8] = ["pid", "network", "mount", "ipc", "uts", "user", "cgroup", "time"];
+
 /// A field that cannot be honoured.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Refusal {
@@ -166,6 +169,16 @@ fn brief(value: &Value) -> String {
 /// Fields of which only some values can be honoured.
 fn values(config: &Value) -> Result<(), Refusal> {
     let linux = &config["linux"];
+    for (index, namespace) in linux["namespaces"].as_array().into_iter().flatten().enumerate() {
+        if !NAMESPACES.contains(&namespace["type"].as_str().unwrap_or_default()) {
+            let field = format!("linux.namespaces[{index}].type");
+            return Err(Refusal {
+                field,
+                value: brief(&namespace["type"]),
+                reason: "there is no such namespace",
+            });
+        }
+    }
     if let Some(mode @ ("shared" | "rshared")) = linux["rootfsPropagation"].as_str() {
         let reason = "a guest's mounts cannot propagate to the host";
         return Err(Refusal { field: "linux.rootfsPropagation".into(), value: format!("{mode:?}"), reason });
@@ -201,6 +214,10 @@ mod tests {
             (json!({"linux": {"rootfsPropagation": "rshared"}}), "rootfsPropagation"),
             (json!({"linux": {"resources": {"devices": [{"allow": true, "access": "rwm"}]}}}), "devices[0]"),
             (json!({"process": {"terminal": true}}), "process.terminal true"),
+            (
+                json!({"linux": {"namespaces": [{"type": "pid"}, {"type": "x"}]}}),
+                "linux.namespaces[1].type \"x\"",
+            ),
         ] {
             let text = check(&config).unwrap_err().to_string();
             assert!(text.contains(words), "{text}");

@@ -27,6 +27,7 @@ use crate::console::{self, Console};
 use crate::guest::SOCKET;
 use crate::jail::tree::Export;
 use crate::jail::{self, Jail};
+use crate::log::sentence;
 use crate::plan::Vm;
 
 #[cfg(not(feature = "local-guest"))]
@@ -182,7 +183,7 @@ impl Vmm {
 /// Whether this host lets us try: the node is there and may be opened.
 pub fn usable() -> Result<()> {
     for node in NODES {
-        let opened = std::fs::File::options().read(true).write(true).open(node).map_err(crate::bundle::words);
+        let opened = std::fs::File::options().read(true).write(true).open(node);
         opened.with_context(|| format!("{node}: needed for every VM (`a3s-box check` says more)"))?;
     }
     Ok(())
@@ -212,10 +213,10 @@ pub fn main(channel: Option<String>) -> ! {
             // The monitor's end reads end-of-file: on its way to the guest. What goes wrong now is on the console.
             drop(channel);
             let error = stage.enter();
-            eprintln!("{NAME}: {error:#}");
+            eprintln!("{NAME}: {}", sentence(&error));
             quit(1)
         }
-        Err(error) => format!("{error:#}"),
+        Err(error) => sentence(&error),
     };
     let flags = MsgFlags::MSG_NOSIGNAL;
     let _ = nix::sys::socket::send(channel.as_raw_fd(), error.as_bytes(), flags);

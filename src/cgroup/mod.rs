@@ -85,7 +85,6 @@ impl Cgroup {
     pub fn join(&self) -> Result<()> {
         for dir in &self.dirs {
             fs::write(dir.join("cgroup.procs"), "0")
-                .map_err(crate::bundle::words)
                 .with_context(|| format!("join cgroup {}", dir.display()))?;
         }
         Ok(())
@@ -165,8 +164,7 @@ fn make(dir: &Path) -> Result<()> {
             Ok(()) => inherit_cpuset(dir),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => {
-                return Err(crate::bundle::words(error))
-                    .with_context(|| format!("make cgroup {}", dir.display()));
+                return Err(error).with_context(|| format!("make cgroup {}", dir.display()));
             }
         }
     }

@@ -17,6 +17,7 @@ use crate::cgroup::{self, Version};
 use crate::cli::{self, Format};
 use crate::console::Console;
 use crate::guest::{Connection, SOCKET};
+use crate::log::sentence;
 use crate::plan::{Vm, vm};
 use crate::vmm;
 use a3s_box_proto::LISTENING;
@@ -75,7 +76,7 @@ fn table(findings: &[Finding], able: bool) -> String {
 fn finding(name: &'static str, needed: bool, result: Result<String>, advice: &str) -> Finding {
     match result {
         Ok(found) => Finding { name, ok: true, needed, found, advice: String::new() },
-        Err(error) => Finding { name, ok: false, needed, found: format!("{error:#}"), advice: advice.into() },
+        Err(error) => Finding { name, ok: false, needed, found: sentence(&error), advice: advice.into() },
     }
 }
 
@@ -164,10 +165,7 @@ impl Drop for ProbeDir {
 
 fn tap() -> Finding {
     let open = fs::File::options().read(true).write(true).open("/dev/net/tun");
-    let result = open
-        .map(|_| "/dev/net/tun may be opened".into())
-        .map_err(crate::bundle::words)
-        .context("/dev/net/tun");
+    let result = open.map(|_| "/dev/net/tun may be opened".into()).context("/dev/net/tun");
     finding("tap", false, result, "load the module (`modprobe tun`): a VM's network interface needs it")
 }
 

@@ -8,7 +8,7 @@ use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec, User};
 
 use super::{Context, start};
 use crate::store::{Record, Status};
-use crate::{bundle, cli, guest, jail, plan, relay};
+use crate::{cli, guest, jail, plan, relay};
 
 /// The verb.
 pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
@@ -68,15 +68,13 @@ fn process(args: &cli::Exec, record: &Record) -> Result<proto::Process> {
 }
 
 fn from_file(path: &Path) -> Result<Process> {
-    let text =
-        std::fs::read(path).map_err(bundle::words).with_context(|| format!("open {}", path.display()))?;
+    let text = std::fs::read(path).with_context(|| format!("open {}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} is not a process", path.display()))
 }
 
 fn from_config(args: &cli::Exec, record: &Record) -> Result<Process> {
     let path = record.bundle.join("config.json");
-    let text =
-        std::fs::read(&path).map_err(bundle::words).with_context(|| format!("open {}", path.display()))?;
+    let text = std::fs::read(&path).with_context(|| format!("open {}", path.display()))?;
     let spec: Spec = serde_json::from_slice(&text).with_context(|| format!("read {}", path.display()))?;
     let mut process = spec.process().clone().context("config.json has no process")?;
     process.set_terminal(None);

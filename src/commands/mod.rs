@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, bail};
 
 use crate::cli::{CgroupManager, Cli, Command, Global};
-use crate::log::Log;
+use crate::log::{Log, sentence};
 use crate::store::Store;
 
 /// What every verb may need.
@@ -52,7 +52,7 @@ pub fn run(cli: Cli) -> u8 {
     match dispatch(&context, command) {
         Ok(status) => status as u8,
         Err(error) => {
-            context.log.error(&format!("{error:#}"));
+            context.log.error(&sentence(&error));
             failure
         }
     }

@@ -6,7 +6,7 @@ use std::io::Write;
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
-use crate::{bundle, cli};
+use crate::cli;
 
 /// The verb.
 pub fn spec(args: &cli::Spec) -> Result<i32> {
@@ -16,13 +16,13 @@ pub fn spec(args: &cli::Spec) -> Result<i32> {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
             bail!("File config.json exists. Remove it first")
         }
-        Err(error) => return Err(bundle::words(error)).with_context(|| format!("write {}", path.display())),
+        Err(error) => return Err(error).with_context(|| format!("write {}", path.display())),
     };
     let mut text = Vec::new();
     let tabs = serde_json::ser::PrettyFormatter::with_indent(b"\t");
     let mut serializer = serde_json::Serializer::with_formatter(&mut text, tabs);
     serde::Serialize::serialize(&example(), &mut serializer).context("encode config.json")?;
-    file.write_all(&text).map_err(bundle::words).with_context(|| format!("write {}", path.display()))?;
+    file.write_all(&text).with_context(|| format!("write {}", path.display()))?;
     Ok(0)
 }
 

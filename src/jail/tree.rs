@@ -33,7 +33,7 @@ pub fn open(tree: Tree) -> Result<Sources> {
 
 fn open_bind(bind: &Bind) -> Result<(OwnedFd, Kind)> {
     let shown = format!("mount {} to {}", bind.source.display(), bind.destination.display());
-    let metadata = std::fs::metadata(&bind.source).map_err(crate::bundle::words).context(shown.clone())?;
+    let metadata = std::fs::metadata(&bind.source).context(shown.clone())?;
     let kind = metadata.file_type();
     if kind.is_fifo() {
         bail!("{shown}: a FIFO cannot reach into a VM");
