@@ -16,10 +16,22 @@ fn main() -> Result<(), Box<dyn Error>> {
     let target_dir = out.join("guest");
     let mut cargo = Command::new(env::var("CARGO")?);
     cargo
-        .args(["build", "--package", "guest-init", "--release", "--locked", "--target", &target, "--target-dir"])
+        .args([
+            "build",
+            "--package",
+            "guest-init",
+            "--release",
+            "--locked",
+            "--target",
+            &target,
+            "--target-dir",
+        ])
         .arg(&target_dir)
         .env_remove("RUSTFLAGS")
-        .env("CARGO_ENCODED_RUSTFLAGS", ["-Ctarget-feature=+crt-static", "-Crelocation-model=static"].join("\u{1f}"))
+        .env(
+            "CARGO_ENCODED_RUSTFLAGS",
+            ["-Ctarget-feature=+crt-static", "-Crelocation-model=static"].join("\u{1f}"),
+        )
         // The linter of the outer build has nothing to say about the inner one.
         .env_remove("RUSTC_WORKSPACE_WRAPPER")
         // It crosses into the guest page by page: small is fast.

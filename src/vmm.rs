@@ -180,11 +180,18 @@ impl Vmm {
     }
 }
 
-/// Whether this host lets us try: the node is there and may be opened.
+/// Whether this host lets us try: the node is there, may be opened, and is KVM's.
 pub fn usable() -> Result<()> {
+    // linux/kvm.h: an ioctl without argument, whose answer never changed since Linux 2.6.22.
+    const KVM_GET_API_VERSION: libc::Ioctl = 0xae00;
+    const KVM_API_VERSION: libc::c_int = 12;
     for node in NODES {
-        let opened = std::fs::File::options().read(true).write(true).open(node);
-        opened.with_context(|| format!("{node}: needed for every VM (`a3s-box check` says more)"))?;
+        let shown = || format!("{node}: needed for every VM (`a3s-box check` says more)");
+        let opened = std::fs::File::options().read(true).write(true).open(node).with_context(shown)?;
+        // SAFETY: the ioctl takes no argument and writes nowhere.
+        if unsafe { libc::ioctl(opened.as_raw_fd(), KVM_GET_API_VERSION) } != KVM_API_VERSION {
+            return Err(anyhow!("it is not KVM").context(shown()));
+        }
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! In: a planned container. Out: the calling process's root is the container's. Must not: follow a path of the
 //! container's outside its root; every destination goes through [`a3s_box_mount`].
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -57,8 +57,14 @@ fn add(root: &Root, planned: &Mount) -> Result<()> {
 
 /// A private copy of a place in the exported tree.
 fn exported(path: &Path, attributes: u64) -> Result<(OwnedFd, Kind)> {
-    let source = open_path(&Path::new("/").join(path)).context("open the exported source")?;
-    let kind = if is_directory(&source)? { Kind::Directory } else { Kind::File };
+    let path = Path::new("/").join(path);
+    let mut source = open_path(&path).context("open the exported source")?;
+    let mut kind = Kind::File;
+    if is_directory(&source)? {
+        // O_PATH stops before the submount that virtiofs announces here; what is wanted is that one.
+        source = File::open(&path).context("open the exported source")?.into();
+        kind = Kind::Directory;
+    }
     let tree = clone_tree(&source, true)?;
     set_attributes(&tree, attributes, false)?;
     Ok((tree, kind))
