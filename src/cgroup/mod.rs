@@ -158,14 +158,25 @@ impl Cgroup {
 }
 
 fn make(dir: &Path) -> Result<()> {
+    // Another container's end may take the common parent away, empty as it is, between its making and its use.
+    const TRIES: usize = 100;
+    let shown = || format!("make cgroup {}", dir.display());
+    for _ in 0..TRIES {
+        match make_once(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            result => return result.with_context(shown),
+        }
+    }
+    make_once(dir).with_context(shown)
+}
+
+fn make_once(dir: &Path) -> io::Result<()> {
     let missing: Vec<&Path> = dir.ancestors().take_while(|above| above.starts_with(ROOT)).collect();
     for dir in missing.into_iter().rev() {
         match fs::create_dir(dir) {
-            Ok(()) => inherit_cpuset(dir),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => {
-                return Err(error).with_context(|| format!("make cgroup {}", dir.display()));
-            }
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            // One that is there already may be another creator's who has not come so far yet.
+            _ => inherit_cpuset(dir),
         }
     }
     dir.ancestors().skip(1).take_while(|above| above.starts_with(ROOT)).for_each(delegate);

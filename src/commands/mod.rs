@@ -36,7 +36,7 @@ pub fn run(cli: Cli) -> u8 {
     let log = match Log::open(&cli.global) {
         Ok(log) => log,
         Err(error) => {
-            eprintln!("a3s-box: {error:#}");
+            eprintln!("a3s-box: {}", sentence(&error));
             return failure;
         }
     };

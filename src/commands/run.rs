@@ -8,6 +8,7 @@ use nix::sys::signalfd::SignalFd;
 
 use super::{Context, create, delete, start};
 use crate::cli;
+use crate::log::sentence;
 use crate::monitor::{Handle, LAST_MESSAGE};
 use crate::relay;
 use crate::vmm;
@@ -31,7 +32,10 @@ pub fn run(context: &Context, args: &cli::Run) -> Result<i32> {
     }
     if !args.keep {
         record.monitor = None;
-        delete::remove(entry, &record)?;
+        if let Err(error) = delete::remove(entry, &record) {
+            // The workload's status is what the caller came for.
+            context.log.warn(&sentence(&error));
+        }
     }
     Ok(status)
 }

@@ -120,8 +120,8 @@ pub fn guest_limits(spec: &Spec) -> Result<Vec<(String, String)>> {
     if let Some(limit) = memory_limit(Some(resources))? {
         set("memory.max", limit.to_string());
     }
-    if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()).filter(|limit| *limit != 0) {
-        set("pids.max", if limit < 0 { "max".into() } else { limit.to_string() });
+    if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()).filter(|limit| *limit > 0) {
+        set("pids.max", limit.to_string());
     }
     if let Some(cpu) = resources.cpu() {
         let period = cpu.period().unwrap_or(100_000);
