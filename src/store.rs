@@ -8,15 +8,17 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
+use crate::vmm;
 
 const STATE: &str = "state.json";
 /// Name of the VM's directory in a container's.
@@ -120,6 +122,15 @@ impl Record {
             Some(_) if self.cgroup.is_frozen() => Status::Paused,
             Some(_) if self.started => Status::Running,
             Some(_) => Status::Created,
+        }
+    }
+
+    /// Whether the container's process is gone, at the latest after `wait`.
+    pub fn ends_within(&self, wait: Duration) -> bool {
+        let Some(monitor) = self.monitor else { return true };
+        match vmm::pidfd_open(monitor.pid) {
+            Ok(pidfd) if monitor.is_alive() => vmm::ends_within(pidfd.as_fd(), wait),
+            _ => true,
         }
     }
 

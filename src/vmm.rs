@@ -35,7 +35,7 @@ use crate::krun;
 #[cfg(feature = "local-guest")]
 use crate::local as krun;
 
-/// argv[0] of the VMM's process; engines' `ps` shows it.
+/// The name of the VMM's process; engines' `ps` shows it.
 pub const NAME: &str = "a3s-box-vmm";
 /// guest-init, embedded: it is served to the guest kernel and never written to a disk.
 static GUEST_INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest-init"));

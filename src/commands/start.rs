@@ -7,8 +7,12 @@ use anyhow::{Result, bail};
 
 use super::Context;
 use crate::guest::{self, Connection};
+use crate::monitor::LAST_MESSAGE;
 use crate::store::{Entry, Record, Status, VM_DIR};
 use a3s_box_proto::{Outcome, Request};
+
+/// How long the end of a container may take once its guest has stopped answering.
+pub const ENDING: Duration = Duration::from_secs(2);
 
 /// The verb.
 pub fn start(context: &Context, id: &str) -> Result<i32> {
@@ -29,7 +33,8 @@ pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
         Status::Creating => bail!("cannot start a container that is still being created"),
     }
     let mut connection = connect(entry.dir(), record, guest::ANSWER)?;
-    match connection.call(&Request::Start { container: record.id.clone() }, guest::ANSWER)? {
+    let answer = connection.call(&Request::Start { container: record.id.clone() }, guest::ANSWER);
+    match answer.or_else(|error| if ended(entry, record) { Ok(Outcome::Done) } else { Err(error) })? {
         Outcome::Done => {}
         Outcome::Failed { text } => bail!("unable to start container process: {}", guest::clean(&text)),
         Outcome::NotFound | Outcome::AlreadyExited => bail!("cannot start a container that has stopped"),
@@ -38,6 +43,12 @@ pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
     }
     record.started = true;
     entry.save(record)
+}
+
+/// Whether the container came to its own end. A short workload's VM may be gone before its guest's answer is through.
+fn ended(entry: &Entry, record: &Record) -> bool {
+    let message = std::fs::read(entry.dir().join(LAST_MESSAGE)).unwrap_or_default();
+    record.ends_within(ENDING) && message.is_empty()
 }
 
 /// Connects to the guest that a container lives in, which has `wait` to greet.
