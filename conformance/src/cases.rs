@@ -1,0 +1,170 @@
+//! Tests, each named after a wish, and the loop that runs them.
+//!
+//! Wishes that can share a container are a group with one fixture, since a container may cost seconds. In: a list of
+//! cases. Out: one line a wish, counts. Must not: let one failure, or one panic, keep the others from running.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use anyhow::{Error, Result, anyhow};
+
+use crate::leaks::Census;
+use crate::options::{Level, Options};
+use crate::process::reap_orphans;
+use crate::world::World;
+
+/// Levels at which a case runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum At {
+    /// Where containers are cheap.
+    Local,
+    /// Where they are VMs.
+    Vm,
+    /// At both.
+    Both,
+    /// At both, and in the smoke test.
+    All,
+}
+
+impl At {
+    fn holds(self, level: Level) -> bool {
+        match level {
+            Level::Local => self != At::Vm,
+            Level::Vm => self != At::Local,
+            Level::Smoke => self == At::All,
+        }
+    }
+}
+
+/// Runs those wishes of a case whose name is wanted.
+type Run = Box<dyn Fn(&'static World, &dyn Fn(&str) -> bool, &mut Tap)>;
+
+/// Something to run: one wish or a group of them.
+pub struct Case {
+    at: At,
+    names: Vec<&'static str>,
+    run: Run,
+}
+
+/// A name and a check of what its group shares.
+pub type Wish<F> = (&'static str, fn(&mut F) -> Result<()>);
+
+/// The same for a closure.
+pub type Check<F> = Box<dyn Fn(&mut F) -> Result<()>>;
+
+/// One wish on its own.
+pub fn wish(at: At, name: &'static str, check: fn(&'static World) -> Result<()>) -> Case {
+    group(at, Ok, vec![(name, Box::new(move |world: &mut &'static World| check(world)))])
+}
+
+/// Wishes that share what `setup` makes.
+pub fn sharing<F: 'static>(at: At, setup: fn(&'static World) -> Result<F>, wishes: &[Wish<F>]) -> Case {
+    let boxed = wishes.iter().map(|(name, check)| (*name, Box::new(*check) as Check<F>));
+    group(at, setup, boxed.collect())
+}
+
+/// The same with any closures. A wish that fails gets the next a new fixture.
+pub fn group<F: 'static>(
+    at: At,
+    setup: fn(&'static World) -> Result<F>,
+    wishes: Vec<(&'static str, Check<F>)>,
+) -> Case {
+    let names = wishes.iter().map(|(name, _)| *name).collect();
+    let run = move |world: &'static World, wanted: &dyn Fn(&str) -> bool, tap: &mut Tap| {
+        let mut fixture = None;
+        for (name, check) in wishes.iter().filter(|(name, _)| wanted(name)) {
+            let begin = Instant::now();
+            let result = guarded(|| {
+                if fixture.is_none() {
+                    fixture = Some(setup(world).map_err(|error| error.context("set-up"))?);
+                }
+                fixture.as_mut().map_or(Ok(()), check)
+            });
+            if result.is_err() {
+                fixture = None;
+            }
+            tap.report(name, &result, begin);
+        }
+    };
+    Case { at, names, run: Box::new(run) }
+}
+
+fn guarded(check: impl FnOnce() -> Result<()>) -> Result<()> {
+    catch_unwind(AssertUnwindSafe(check)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()));
+        Err(anyhow!("the test panicked: {}", text.unwrap_or_default()))
+    })
+}
+
+/// Test lines and their counts.
+#[derive(Debug, Default)]
+pub struct Tap {
+    /// Wishes that came true.
+    pub passed: usize,
+    /// Those that did not.
+    pub failed: usize,
+}
+
+impl Tap {
+    /// One line for one wish.
+    pub fn report(&mut self, name: &str, result: &Result<()>, begin: Instant) {
+        let seconds = begin.elapsed().as_secs_f64();
+        let number = self.passed + self.failed + 1;
+        match result {
+            Ok(()) => {
+                self.passed += 1;
+                println!("ok {number} {name} ({seconds:.1} s)");
+            }
+            Err(error) => {
+                self.failed += 1;
+                println!("not ok {number} {name} ({seconds:.1} s) # {}", one_line(error));
+            }
+        }
+    }
+}
+
+fn one_line(error: &Error) -> String {
+    format!("{error:#}").replace('\n', "\\n")
+}
+
+/// Names of the cases at a level.
+pub fn names(cases: &[Case], level: Level) -> Vec<&'static str> {
+    cases.iter().filter(|case| case.at.holds(level)).flat_map(|case| case.names.iter().copied()).collect()
+}
+
+/// Runs what was asked for, and at last the leak check.
+pub fn run(cases: &[Case], options: &Options, world: &'static World) -> Tap {
+    let wanted = |name: &str| {
+        options.filters.is_empty() || options.filters.iter().any(|word| name.contains(word.as_str()))
+    };
+    let mut tap = Tap::default();
+    // What is made once for all containers is no leak. Should even this fail, the tests will tell.
+    let _ = world.run_config(&crate::config::Config::new(&["true"]));
+    let before = Census::take(world);
+    let mut left = Vec::new();
+    for case in cases.iter().filter(|case| case.at.holds(options.level)) {
+        if !case.names.iter().any(|name| wanted(name)) {
+            continue;
+        }
+        let failed = tap.failed;
+        (case.run)(world, &wanted, &mut tap);
+        reap_orphans();
+        if tap.failed > failed {
+            // What was killed because it hung could not clean up; that failure is told already.
+            before.delete_all(world);
+        }
+        // Named here, while it is known who did it.
+        let names = case.names.iter().filter(|name| wanted(name)).copied().collect::<Vec<_>>().join(", ");
+        left.extend(before.left_over(world).into_iter().map(|thing| format!("{thing} (after {names})")));
+        before.clean_up(world);
+    }
+    let begin = Instant::now();
+    let shown: Vec<&str> = left.iter().take(10).map(String::as_str).collect();
+    let result = match left.len() {
+        0 => Ok(()),
+        count => Err(anyhow!("{count} things are left behind: {}", shown.join("; "))),
+    };
+    tap.report("leaks/nothing-is-left-behind", &result, begin);
+    tap
+}

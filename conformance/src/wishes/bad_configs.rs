@@ -1,0 +1,205 @@
+//! config.json files that cannot be run, and why: the table behind `bad-input`.
+
+use serde_json::json;
+
+use crate::config::Config;
+
+/// A bundle that cannot be run: what is wrong with it, and words of the error.
+pub struct Bad {
+    /// The wish.
+    pub name: &'static str,
+    /// What makes it bad.
+    pub change: fn(Config) -> Config,
+    /// What the error must say.
+    pub words: &'static [&'static str],
+}
+
+const fn bad(name: &'static str, change: fn(Config) -> Config, words: &'static [&'static str]) -> Bad {
+    Bad { name, change, words }
+}
+
+/// Every one of them, refused before or after its VM has booted.
+pub const CONFIGS: &[Bad] = &[
+    bad("bad-input/oci-version-2", |c| c.set("/ociVersion", json!("2.0.0")), &["ociVersion", "2.0.0"]),
+    bad("bad-input/oci-version-0", |c| c.set("/ociVersion", json!("0.9.1")), &["ociVersion", "0.9.1"]),
+    bad(
+        "bad-input/oci-version-nonsense",
+        |c| c.set("/ociVersion", json!("latest")),
+        &["ociVersion", "latest"],
+    ),
+    bad("bad-input/oci-version-missing", |c| c.without("/ociVersion"), &["ociVersion", "missing"]),
+    bad("bad-input/oci-version-a-number", |c| c.set("/ociVersion", json!(1)), &["ociVersion"]),
+    bad("bad-input/no-process", |c| c.without("/process"), &["process"]),
+    bad("bad-input/no-args", |c| c.without("/process/args"), &["process.args"]),
+    bad("bad-input/empty-args", |c| c.set("/process/args", json!([])), &["process.args"]),
+    bad("bad-input/args-a-string", |c| c.set("/process/args", json!("sh")), &["process"]),
+    bad("bad-input/args-of-numbers", |c| c.set("/process/args", json!([1])), &["process"]),
+    bad("bad-input/an-argument-with-a-nul", |c| c.set("/process/args", json!(["echo", "a\u{0}b"])), &["NUL"]),
+    bad("bad-input/a-relative-cwd", |c| c.set("/process/cwd", json!("tmp")), &["process.cwd", "tmp"]),
+    bad("bad-input/no-cwd", |c| c.without("/process/cwd"), &["process", "cwd"]),
+    bad("bad-input/a-negative-uid", |c| c.set("/process/user/uid", json!(-1)), &["process"]),
+    bad(
+        "bad-input/an-unknown-capability",
+        |c| c.set("/process/capabilities/bounding", json!(["CAP_NONSENSE"])),
+        &["CAP_NONSENSE"],
+    ),
+    bad(
+        "bad-input/an-unknown-rlimit",
+        |c| c.set("/process/rlimits/0/type", json!("RLIMIT_NONSENSE")),
+        &["RLIMIT_NONSENSE"],
+    ),
+    bad("bad-input/no-root", |c| c.without("/root"), &["root"]),
+    bad(
+        "bad-input/memory-too-small",
+        |c| c.set("/annotations/a3s.box~1memory-mib", json!("16")),
+        &["a3s.box/memory-mib", "16"],
+    ),
+    bad(
+        "bad-input/memory-not-a-number",
+        |c| c.set("/annotations/a3s.box~1memory-mib", json!("lots")),
+        &["a3s.box/memory-mib", "lots"],
+    ),
+    bad("bad-input/no-vcpu", |c| c.set("/annotations/a3s.box~1vcpus", json!("0")), &["a3s.box/vcpus", "0"]),
+    bad(
+        "bad-input/too-many-vcpus",
+        |c| c.set("/annotations/a3s.box~1vcpus", json!("1000")),
+        &["a3s.box/vcpus", "1000"],
+    ),
+    bad(
+        "bad-input/a-negative-memory-limit",
+        |c| c.set("/linux/resources/memory/limit", json!(-5)),
+        &["memory.limit", "-5"],
+    ),
+    bad("bad-input/a-terminal", |c| c.set("/process/terminal", json!(true)), &["process.terminal"]),
+    bad("bad-input/hooks", |c| c.set("/hooks/prestart", json!([{ "path": "/bin/true" }])), &["hooks"]),
+    bad(
+        "bad-input/poststop-hooks",
+        |c| c.set("/hooks/poststop", json!([{ "path": "/bin/true" }])),
+        &["hooks"],
+    ),
+    bad(
+        "bad-input/seccomp",
+        |c| c.set("/linux/seccomp", json!({ "defaultAction": "SCMP_ACT_ALLOW" })),
+        &["linux.seccomp"],
+    ),
+    bad(
+        "bad-input/devices",
+        |c| c.set("/linux/devices", json!([{ "path": "/dev/x", "type": "c", "major": 1, "minor": 3 }])),
+        &["linux.devices"],
+    ),
+    bad(
+        "bad-input/an-allowed-device",
+        |c| c.set("/linux/resources/devices", json!([{ "allow": true, "access": "rwm" }])),
+        &["linux.resources.devices"],
+    ),
+    bad(
+        "bad-input/sysctl",
+        |c| c.set("/linux/sysctl", json!({ "net.ipv4.ip_forward": "1" })),
+        &["linux.sysctl", "ip_forward"],
+    ),
+    bad(
+        "bad-input/uid-mappings",
+        |c| c.set("/linux/uidMappings", json!([{ "containerID": 0, "hostID": 1000, "size": 1 }])),
+        &["linux.uidMappings"],
+    ),
+    bad(
+        "bad-input/rshared-root",
+        |c| c.set("/linux/rootfsPropagation", json!("rshared")),
+        &["rootfsPropagation", "rshared"],
+    ),
+    bad("bad-input/intel-rdt", |c| c.set("/linux/intelRdt", json!({ "closID": "x" })), &["linux.intelRdt"]),
+    bad(
+        "bad-input/personality",
+        |c| c.set("/linux/personality", json!({ "domain": "LINUX32" })),
+        &["linux.personality"],
+    ),
+    bad(
+        "bad-input/time-offsets",
+        |c| c.set("/linux/timeOffsets", json!({ "monotonic": { "secs": 1 } })),
+        &["linux.timeOffsets"],
+    ),
+    bad(
+        "bad-input/block-io",
+        |c| c.set("/linux/resources/blockIO", json!({ "weight": 10 })),
+        &["linux.resources.blockIO"],
+    ),
+    bad(
+        "bad-input/swap",
+        |c| c.set("/linux/resources/memory", json!({ "limit": 268435456, "swap": 536870912 })),
+        &["memory.swap"],
+    ),
+    bad(
+        "bad-input/hugepages",
+        |c| c.set("/linux/resources/hugepageLimits", json!([{ "pageSize": "2MB", "limit": 1 }])),
+        &["hugepageLimits"],
+    ),
+    bad(
+        "bad-input/scheduler",
+        |c| c.set("/process/scheduler", json!({ "policy": "SCHED_FIFO" })),
+        &["process.scheduler"],
+    ),
+    bad(
+        "bad-input/io-priority",
+        |c| c.set("/process/ioPriority", json!({ "class": "IOPRIO_CLASS_IDLE", "priority": 7 })),
+        &["process.ioPriority"],
+    ),
+    bad("bad-input/windows", |c| c.set("/windows", json!({ "layerFolders": ["x"] })), &["windows"]),
+    bad("bad-input/a-vm-section", |c| c.set("/vm", json!({ "kernel": { "path": "/vmlinuz" } })), &["vm"]),
+    bad(
+        "bad-input/an-id-mapped-mount",
+        |c| c.set("/mounts/0/uidMappings", json!([{ "containerID": 0, "hostID": 1, "size": 1 }])),
+        &["mounts[0].uidMappings"],
+    ),
+    bad("bad-input/a-mount-of-unknown-type", |c| c.mount("/x", "nfs", "host:/x", &[]), &["mounts[7]", "nfs"]),
+    bad(
+        "bad-input/a-mount-with-an-unknown-option",
+        |c| c.mount("/x", "tmpfs", "tmpfs", &["nonsense=1"]),
+        &["/x"],
+    ),
+    bad(
+        "bad-input/a-bind-with-a-tmpfs-option",
+        |c| c.mount("/x", "bind", "/", &["bind", "size=1m"]),
+        &["mounts[7]", "size=1m"],
+    ),
+    bad(
+        "bad-input/a-shared-bind",
+        |c| c.mount("/x", "bind", "/", &["rbind", "rshared"]),
+        &["mounts[7]", "rshared"],
+    ),
+    bad(
+        "bad-input/a-recursively-read-only-bind",
+        |c| c.mount("/x", "bind", "/", &["rbind", "rro"]),
+        &["mounts[7]", "rro"],
+    ),
+    bad("bad-input/a-mount-over-the-root", |c| c.mount("/", "tmpfs", "tmpfs", &[]), &["mounts[7]"]),
+    bad(
+        "bad-input/a-mount-of-a-missing-source",
+        |c| c.mount("/x", "bind", "/no/such/source", &["bind"]),
+        &["/no/such/source", "no such file or directory"],
+    ),
+    bad(
+        "bad-input/a-missing-program",
+        |c| c.set("/process/args", json!(["/no/such"])),
+        &["exec: \"/no/such\": stat /no/such: no such file or directory"],
+    ),
+    bad(
+        "bad-input/a-program-not-in-the-path",
+        |c| c.set("/process/args", json!(["no-such"])),
+        &["exec: \"no-such\": executable file not found in $PATH"],
+    ),
+    bad(
+        "bad-input/a-program-that-cannot-be-executed",
+        |c| c.set("/process/args", json!(["/etc/hostname"])),
+        &["exec: \"/etc/hostname\": permission denied"],
+    ),
+    bad(
+        "bad-input/a-program-that-is-a-directory",
+        |c| c.set("/process/args", json!(["/etc"])),
+        &["exec: \"/etc\":", "is a directory"],
+    ),
+    bad(
+        "bad-input/a-cwd-that-is-a-file",
+        |c| c.set("/process/cwd", json!("/etc/hostname")),
+        &["chdir to cwd (\"/etc/hostname\") set in config.json failed", "not a directory"],
+    ),
+];

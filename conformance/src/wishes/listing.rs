@@ -1,0 +1,213 @@
+//! What the runtime prints for programs and for people.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::lifecycle::is_rfc3339_utc;
+use super::run::same;
+use crate::cases::{At, Case, Wish, sharing, wish};
+use crate::config::Config;
+use crate::container::Container;
+use crate::process;
+use crate::world::World;
+
+/// Wishes that share a container.
+const WISHES: &[Wish<Container>] = &[
+    ("list/as-a-table", table),
+    ("list/as-json", json_list),
+    ("list/ids-alone", |container| {
+        same(&container.world.ok(&["list", "-q"])?.text(), &format!("{}\n", container.id))
+    }),
+    ("list/what-is-not-ours-is-passed-over", foreign),
+    ("ps/as-a-table-of-the-guests-processes", |container| {
+        process::eventually("its start", container.world.patience(), || {
+            Ok(container.output().contains("up"))
+        })?;
+        let text = container.world.ok(&["ps", &container.id])?.text();
+        let mut lines = text.lines();
+        let header: Vec<&str> = lines.next().unwrap_or_default().split_whitespace().collect();
+        ensure!(header.contains(&"PID") && header.last() == Some(&"CMD"), "{text}");
+        ensure!(text.lines().any(|line| line.contains("sleep 7777")), "{text}");
+        same(
+            &container.world.ok(&["ps", "-f", "table", &container.id, "-ef"])?.text().lines().count(),
+            &text.lines().count(),
+        )
+    }),
+    ("ps/of-a-stopped-container", |container| {
+        container.kill("KILL")?;
+        container.wait()?;
+        same(&container.world.ok(&["ps", "--format", "json", &container.id])?.text(), &"[]\n".into())?;
+        container.world.refused(&["ps", &container.id], &["container not running"]).map(drop)
+    }),
+];
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        wish(At::All, "version/in-runcs-form", version),
+        wish(At::All, "features/json-that-depends-on-nothing", features),
+        wish(At::Both, "check/answers", check),
+        wish(At::Both, "checkpoint/and-restore-are-refused-at-once", checkpoint),
+        wish(At::Local, "spec/writes-a-config-that-runs", spec),
+        wish(At::Local, "list/of-nothing", empty_list),
+        sharing(
+            At::Both,
+            |world| Container::running(world, &Config::sh("sleep 7777 & trap 'exit 0' TERM; echo up; wait")),
+            WISHES,
+        ),
+    ]
+}
+
+fn version(world: &'static World) -> Result<()> {
+    let quick = Duration::from_secs(if world.is_vm() { 5 } else { 2 });
+    for flag in ["--version", "-v"] {
+        let output = world.ok(&[flag])?.within(quick)?;
+        let text = output.text();
+        let first: Vec<&str> = text.lines().next().unwrap_or_default().split(' ').collect();
+        ensure!(first.len() == 3 && first[1] == "version", "{text:?}");
+        ensure!(first[2].split('.').count() == 3, "{text:?}");
+        ensure!(text.lines().any(|line| line.starts_with("commit: ") && line.len() > 8), "{text:?}");
+        ensure!(text.lines().any(|line| line.starts_with("spec: 1.")), "{text:?}");
+    }
+    Ok(())
+}
+
+fn features(world: &'static World) -> Result<()> {
+    let mut bare = std::process::Command::new(&world.runtime);
+    bare.arg("features").env_clear().current_dir("/");
+    let output = process::run(bare, b"", world.patience())?.code(0)?.quiet()?;
+    let document: Value = serde_json::from_slice(&output.stdout).context("not JSON")?;
+    ensure!(document["ociVersionMin"] == "1.0.0" && document["ociVersionMax"].is_string(), "{document}");
+    ensure!(document["linux"].is_object(), "no linux object: containerd would fail");
+    ensure!(
+        document["mountOptions"].as_array().is_some_and(|all| all.contains(&json!("ro"))),
+        "no mount options"
+    );
+    let namespaces = document["linux"]["namespaces"].as_array().context("no namespaces")?;
+    ensure!(namespaces.contains(&json!("pid")) && !namespaces.contains(&json!("user")), "{namespaces:?}");
+    same(&document["linux"]["mountExtensions"]["idmap"]["enabled"], &json!(false))?;
+    let known = |name: &str| name.starts_with("CAP_") && !name.starts_with("CAP_CAP_");
+    let capabilities = document["linux"]["capabilities"].as_array().context("no capabilities")?;
+    ensure!(capabilities.iter().all(|name| name.as_str().is_some_and(known)), "{capabilities:?}");
+    let unsafe_prefixes = document["potentiallyUnsafeConfigAnnotations"].as_array().context("no prefixes")?;
+    ensure!(unsafe_prefixes.contains(&json!("a3s.box/")), "{unsafe_prefixes:?}");
+    same(&world.ok(&["features"])?.stdout, &output.stdout)
+}
+
+fn check(world: &'static World) -> Result<()> {
+    let table = world.call(&["check"])?;
+    let json = world.call(&["check", "--format", "json"])?;
+    let document: Value =
+        serde_json::from_slice(&json.stdout).context("check --format json printed no JSON")?;
+    ensure!(document.is_object() || document.is_array(), "{document}");
+    ensure!(!table.stdout.is_empty(), "no table");
+    same(&table.code, &json.code)?;
+    let expected = if world.is_vm() { 0..=0 } else { 0..=1 };
+    ensure!(expected.contains(&table.code), "{} {}: {}", table.code, table.stderr, table.text());
+    Ok(())
+}
+
+fn checkpoint(world: &'static World) -> Result<()> {
+    for args in [
+        &["checkpoint", "x"][..],
+        &["checkpoint", "--help"],
+        &["checkpoint", "--image-path", "/x", "--work-path", "/y", "--leave-running", "x"],
+        &["restore", "--help"],
+        &["restore", "--lsm-mount-context"],
+        &[
+            "restore",
+            "--bundle",
+            "/b",
+            "--image-path",
+            "/i",
+            "--detach",
+            "--pid-file",
+            "/p",
+            "-no-subreaper",
+            "x",
+        ],
+    ] {
+        let output = world.refused(args, &[args[0], "not supported"])?.within(Duration::from_secs(3))?;
+        ensure!(output.stdout.is_empty(), "{}", output.text());
+    }
+    Ok(())
+}
+
+fn spec(world: &'static World) -> Result<()> {
+    let bundle = world.make_dir("bundle")?;
+    let mut command = world.command(&["spec"]);
+    command.current_dir(&bundle);
+    process::run(command, b"", world.patience())?.code(0)?.quiet()?;
+    let text = fs::read_to_string(bundle.join("config.json"))?;
+    let config: Value = serde_json::from_str(&text)?;
+    same(&config["process"]["args"], &json!(["sh"]))?;
+    ensure!(text.contains("\n\t\"process\""), "it is not indented by tabs");
+    world.refused(
+        &["spec", "--bundle", &bundle.to_string_lossy()],
+        &["File config.json exists. Remove it first"],
+    )?;
+    same(&fs::read_to_string(bundle.join("config.json"))?, &text)?;
+    world.own_rootfs(&bundle)?;
+    let id = world.name("run");
+    let run = world.command(&["run", "--bundle", &bundle.to_string_lossy(), &id]);
+    let output = process::run(run, b"echo $((6*7)); exit 5\n", world.patience())?.code(5)?.quiet()?;
+    same(&output.text(), &"42\n".into())?;
+    world.refused(&["spec", "-b", "/no/such/dir"], &["/no/such/dir", "no such file or directory"]).map(drop)
+}
+
+fn empty_list(world: &'static World) -> Result<()> {
+    let nothing = world.make_dir("nothing")?;
+    for root in [nothing.clone(), nothing.join("missing")] {
+        let call = |args: &[&str]| {
+            let mut command = std::process::Command::new(&world.runtime);
+            command.arg("--root").arg(&root).args(args);
+            process::run(command, b"", world.patience())
+        };
+        same(&call(&["list", "--format", "json"])?.code(0)?.quiet()?.text(), &"null\n".into())?;
+        same(&call(&["list", "-q"])?.code(0)?.text(), &String::new())?;
+        ensure!(call(&["list"])?.code(0)?.text().starts_with("ID "), "no header");
+    }
+    ensure!(!nothing.join("missing").exists(), "list made its root");
+    Ok(())
+}
+
+fn table(container: &mut Container) -> Result<()> {
+    let text = container.world.ok(&["list"])?.text();
+    let mut lines = text.lines();
+    let header: Vec<&str> = lines.next().unwrap_or_default().split_whitespace().collect();
+    same(&header, &vec!["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"])?;
+    let row: Vec<&str> = lines.next().context("no row")?.split_whitespace().collect();
+    let pid = container.pid.to_string();
+    let bundle = container.bundle.to_string_lossy().into_owned();
+    same(&row[..4].to_vec(), &vec![container.id.as_str(), &pid, "running", &bundle])?;
+    ensure!(is_rfc3339_utc(row[4]) && row[5] == "root", "{row:?}");
+    same(&lines.next(), &None)
+}
+
+fn json_list(container: &mut Container) -> Result<()> {
+    let output = container.world.ok(&["list", "--format", "json"])?;
+    let text = output.text();
+    ensure!(text.lines().count() == 1 && text.ends_with("]\n"), "{text:?}");
+    let list: Value = serde_json::from_str(&text)?;
+    same(&list, &json!([container.state()?]))?;
+    same(&container.world.ok(&["list", "-f", "json"])?.text(), &text)
+}
+
+fn foreign(container: &mut Container) -> Result<()> {
+    // docker shares its root with runc, CRI-O with crun.
+    let root = &container.world.root;
+    let alien = root.join("alien");
+    fs::create_dir(&alien)?;
+    fs::write(alien.join("state.json"), "{\"id\":\"alien\",\"init_process_pid\":1}")?;
+    fs::create_dir(root.join("empty"))?;
+    fs::write(root.join("a-file"), "x")?;
+    let listed = container.world.ok(&["list", "-q"]);
+    let state = container.world.refused(&["state", "empty"], &["does not exist"]);
+    fs::remove_dir_all(&alien)?;
+    fs::remove_dir_all(root.join("empty"))?;
+    fs::remove_file(root.join("a-file"))?;
+    same(&listed?.text(), &format!("{}\n", container.id))?;
+    state.map(drop)
+}

@@ -1,0 +1,53 @@
+//! The wishes, one file a subject.
+
+mod bad_configs;
+mod bad_input;
+mod bench;
+mod calling;
+mod chaos;
+mod death;
+mod environment;
+mod exec;
+mod hostile;
+mod identity;
+mod kill;
+mod lifecycle;
+mod listing;
+mod machine;
+mod mounts;
+mod pause;
+mod resources;
+mod run;
+mod streams;
+
+use crate::cases::{At, Case, sharing};
+
+/// Every test, in the order they run.
+pub fn all() -> Vec<Case> {
+    let shared = [exec::SHARED, streams::SHARED, environment::SHARED, mounts::SHARED].concat();
+    let mut cases = vec![sharing(At::Both, bench::Bench::set_up, &shared)];
+    cases.extend(
+        [
+            run::cases(),
+            lifecycle::cases(),
+            exec::cases(),
+            streams::cases(),
+            environment::cases(),
+            mounts::cases(),
+            kill::cases(),
+            pause::cases(),
+            death::cases(),
+            identity::cases(),
+            resources::cases(),
+            listing::cases(),
+            bad_input::cases(),
+            calling::cases(),
+            hostile::cases(),
+            machine::cases(),
+            chaos::cases(),
+        ]
+        .into_iter()
+        .flatten(),
+    );
+    cases
+}
