@@ -1,4 +1,4 @@
-//! What pid 1 does once: control port, kernel file systems, loopback, cgroup controllers; and the reset at the end.
+//! What pid 1 does once: control port, kernel file systems, cgroup controllers; and the reset at the end.
 
 use std::convert::Infallible;
 use std::fs;
@@ -55,7 +55,7 @@ pub fn listen() -> Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Mounts what the kernel offers, brings loopback up, hands the cgroup controllers down.
+/// Mounts what the kernel offers, hands the cgroup controllers down.
 pub fn prepare() -> Result<()> {
     let hardened = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount_one("proc", "/proc", hardened)?;
@@ -69,7 +69,7 @@ pub fn prepare() -> Result<()> {
     #[cfg(not(feature = "local"))]
     let _ = fs::write("/proc/sys/kernel/pid_max", "4194304");
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-    loopback_up().context("bring lo up")
+    Ok(())
 }
 
 fn mount_one(kind: &str, target: &str, flags: MsFlags) -> Result<()> {
@@ -86,7 +86,8 @@ pub fn delegate_controllers(cgroup: &str) {
     }
 }
 
-fn loopback_up() -> Result<()> {
+/// Brings up the loopback interface of the caller's network namespace.
+pub fn loopback_up() -> Result<()> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
     use std::os::fd::AsRawFd;
     let fd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;

@@ -1,7 +1,7 @@
 //! guest-init: pid 1 of the microVM.
 //!
 //! # Layout
-//! - [`boot`]: the kernel's own file systems, loopback, the control port.
+//! - [`boot`]: the kernel's own file systems, the control port.
 //! - [`serve`]: the loop that takes requests and moves bytes; one thread, nothing in it blocks.
 //! - [`connection`]: one host connection: frames in, frames out.
 //! - [`stdio`]: the guest's ends of one process's streams.

@@ -21,7 +21,7 @@ use limits::Cgroup;
 
 /// Namespaces that every container has of its own.
 const NAMESPACES: libc::c_int =
-    libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 
 /// How far a container has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +91,7 @@ fn build(spec: &proto::Container, cgroup: &Cgroup) -> Result<()> {
     limits::join(&cgroup.door()?)?;
     // After joining, so that the container's cgroup is the root that it sees.
     unshare(CloneFlags::CLONE_NEWCGROUP).context("cgroup namespace")?;
+    crate::boot::loopback_up().context("bring lo up")?;
     if let Some(hostname) = &spec.hostname {
         nix::unistd::sethostname(hostname).context("hostname")?;
     }
@@ -151,6 +152,7 @@ impl Container {
     fn enter(&self) -> Result<()> {
         let namespaces = CloneFlags::CLONE_NEWPID
             | CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWNET
             | CloneFlags::CLONE_NEWIPC
             | CloneFlags::CLONE_NEWUTS
             | CloneFlags::CLONE_NEWCGROUP;
