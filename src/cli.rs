@@ -137,6 +137,20 @@ pub struct Anything {
     pub args: Vec<OsString>,
 }
 
+/// Flags of `create`, `run` and `exec` that engines use.
+#[derive(Debug, Args)]
+pub struct Engine {
+    /// Write the process's pid to this file
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Unix socket that is to receive the terminal's master
+    #[arg(long, value_name = "SOCKET")]
+    pub console_socket: Option<PathBuf>,
+    /// Pass this many further descriptors (cannot cross into a VM: 0 alone is accepted)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub preserve_fds: u32,
+}
+
 /// Flags of `create`, which `run` shares.
 #[derive(Debug, Args)]
 pub struct Create {
@@ -146,15 +160,9 @@ pub struct Create {
     /// Bundle directory
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     pub bundle: PathBuf,
-    /// Write the container's pid to this file
-    #[arg(long, value_name = "FILE")]
-    pub pid_file: Option<PathBuf>,
-    /// Unix socket that is to receive the terminal's master
-    #[arg(long, value_name = "SOCKET")]
-    pub console_socket: Option<PathBuf>,
-    /// Pass this many further descriptors (cannot cross into a VM: 0 alone is accepted)
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub preserve_fds: u32,
+    /// What engines hand over and want back
+    #[command(flatten)]
+    pub engine: Engine,
     /// Accepted for compatibility: the root is entered by pivot_root inside the VM
     #[arg(long)]
     pub no_pivot: bool,
@@ -235,15 +243,9 @@ pub struct Exec {
     /// Return once the process runs
     #[arg(short, long)]
     pub detach: bool,
-    /// Write the process's pid to this file
-    #[arg(long, value_name = "FILE")]
-    pub pid_file: Option<PathBuf>,
-    /// Unix socket that is to receive the terminal's master
-    #[arg(long, value_name = "SOCKET")]
-    pub console_socket: Option<PathBuf>,
-    /// Pass this many further descriptors (cannot cross into a VM: 0 alone is accepted)
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub preserve_fds: u32,
+    /// What engines hand over and want back
+    #[command(flatten)]
+    pub engine: Engine,
     /// Run in a paused container as well
     #[arg(long)]
     pub ignore_paused: bool,

@@ -84,7 +84,7 @@ pub fn birth<'a>(context: &Context, args: &'a cli::Create, signals: Option<&Sign
     raise(context, &mut born, plan, signals)?;
     born.record.ready = true;
     born.save()?;
-    if let Some(path) = &args.pid_file {
+    if let Some(path) = &args.engine.pid_file {
         let pid = born.record.monitor.context("the monitor's pid")?.pid.to_string();
         store::replace(path, pid.as_bytes(), 0o644)?;
         born.pid_file = Some(path);
@@ -94,11 +94,11 @@ pub fn birth<'a>(context: &Context, args: &'a cli::Create, signals: Option<&Sign
 }
 
 fn refuse_flags(context: &Context, args: &cli::Create) -> Result<()> {
-    if args.console_socket.is_some() {
+    if args.engine.console_socket.is_some() {
         bail!("--console-socket: process.terminal is not supported");
     }
-    if args.preserve_fds > 0 {
-        bail!("--preserve-fds {}: descriptors cannot cross into a VM", args.preserve_fds);
+    if args.engine.preserve_fds > 0 {
+        bail!("--preserve-fds {}: descriptors cannot cross into a VM", args.engine.preserve_fds);
     }
     if context.cgroup_manager == cli::CgroupManager::Systemd {
         bail!("--systemd-cgroup: the systemd cgroup driver is not supported");

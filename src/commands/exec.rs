@@ -41,16 +41,16 @@ pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
 fn refuse_flags(args: &cli::Exec) -> Result<()> {
     for (flag, given) in [
         ("--tty", args.tty),
-        ("--console-socket", args.console_socket.is_some()),
+        ("--console-socket", args.engine.console_socket.is_some()),
         ("--detach", args.detach),
-        ("--pid-file", args.pid_file.is_some()),
+        ("--pid-file", args.engine.pid_file.is_some()),
     ] {
         if given {
             bail!("{flag}: not supported");
         }
     }
-    if args.preserve_fds > 0 {
-        bail!("--preserve-fds {}: descriptors cannot cross into a VM", args.preserve_fds);
+    if args.engine.preserve_fds > 0 {
+        bail!("--preserve-fds {}: descriptors cannot cross into a VM", args.engine.preserve_fds);
     }
     Ok(())
 }
