@@ -37,7 +37,7 @@ pub struct Global {
     /// Log what is done, with the boot's phases and their times
     #[arg(long)]
     pub debug: bool,
-    /// Use systemd's cgroup driver (kept with the container from `create` on)
+    /// Use systemd's cgroup driver (not supported by `create` and `run`; other verbs need no driver)
     #[arg(long)]
     pub systemd_cgroup: bool,
     /// Which cgroup driver to use
@@ -143,7 +143,7 @@ pub struct Engine {
     /// Write the process's pid to this file
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
-    /// Unix socket that is to receive the terminal's master
+    /// Unix socket that is to receive the terminal's master (not supported)
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,
     /// Pass this many further descriptors (cannot cross into a VM: 0 alone is accepted)
@@ -237,16 +237,16 @@ pub struct Exec {
     /// Set no_new_privs
     #[arg(long)]
     pub no_new_privs: bool,
-    /// Give the process a terminal
+    /// Give the process a terminal (not supported)
     #[arg(short, long)]
     pub tty: bool,
-    /// Return once the process runs
+    /// Return once the process runs (not supported)
     #[arg(short, long)]
     pub detach: bool,
     /// What engines hand over and want back
     #[command(flatten)]
     pub engine: Engine,
-    /// Run in a paused container as well
+    /// Run in a paused container as well (not supported: its whole VM is frozen)
     #[arg(long)]
     pub ignore_paused: bool,
     /// Container id

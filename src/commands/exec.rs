@@ -14,6 +14,9 @@ use crate::{cli, guest, jail, plan, relay};
 pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
     let record = context.store.read(&args.id)?;
     match record.status() {
+        Status::Paused if args.ignore_paused => {
+            bail!("--ignore-paused: not supported, the whole VM is frozen")
+        }
         Status::Created | Status::Running => {}
         Status::Stopped => bail!("cannot exec in a stopped container"),
         Status::Paused => bail!("cannot exec in a paused container (use --ignore-paused to override)"),
