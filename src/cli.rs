@@ -31,7 +31,7 @@ pub struct Global {
     /// Form of log records
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// Least severe records to log (debug, info, warn, error …)
+    /// `debug` does what --debug does; other levels change nothing
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<String>,
     /// Log what is done, with the boot's phases and their times
@@ -342,21 +342,43 @@ pub fn normalize(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
         "format",
         "quiet",
     ];
-    let mut only_values = false;
-    args.enumerate()
-        .map(|(index, arg)| {
-            let Some(text) = arg.to_str().filter(|_| index > 0 && !only_values) else { return arg };
-            let name = text.strip_prefix('-').and_then(|rest| rest.split('=').next());
-            match name {
-                Some(name) if LONG.contains(&name) => format!("-{text}").into(),
-                Some("-") => {
-                    only_values = true;
-                    arg
-                }
-                _ => arg,
+    // Flags whose value is the next argument, so that it is not taken for the container's id.
+    const VALUED: [&str; 12] = [
+        "-p",
+        "-e",
+        "-u",
+        "-g",
+        "-c",
+        "-f",
+        "--process",
+        "--env",
+        "--cwd",
+        "--user",
+        "--pid-file",
+        "--format",
+    ];
+    let (mut verb, mut passed_on, mut is_value) = (None, false, true);
+    args.map(|arg| {
+        let Some(text) = arg.to_str().filter(|_| !passed_on && !is_value).map(str::to_owned) else {
+            is_value = false;
+            return arg;
+        };
+        let name = text.strip_prefix('-').and_then(|rest| rest.split('=').next()).unwrap_or_default();
+        let text = if LONG.contains(&name) { format!("-{text}") } else { text };
+        match (&verb, text.starts_with('-')) {
+            (None, false) => verb = Some(text.clone()),
+            // What follows the id is a command of the container's, or ps's own flags.
+            (Some(verb), false) => passed_on = matches!(verb.as_str(), "exec" | "ps"),
+            (Some(_), true) => is_value = VALUED.contains(&text.as_str()),
+            (None, true) => {
+                is_value = ["--root", "--log", "--log-format", "--log-level", "--cgroup-manager"]
+                    .contains(&text.as_str())
             }
-        })
-        .collect()
+        }
+        passed_on |= text == "--";
+        text.into()
+    })
+    .collect()
 }
 
 #[cfg(test)]
@@ -403,5 +425,9 @@ mod tests {
         let Some(Command::Exec(exec)) = cli.command else { panic!() };
         assert_eq!(exec.command, ["ls", "-la", "--help", "-e", "B=2"]);
         assert_eq!(exec.env, ["A=1"]);
+        let cli = parse("a3s-box -root /exec exec -user 0 id find / -user x -- -all");
+        let Some(Command::Exec(exec)) = cli.command else { panic!() };
+        assert_eq!((exec.user.as_deref(), exec.id.as_str()), (Some("0"), "id"));
+        assert_eq!(exec.command, ["find", "/", "-user", "x", "--", "-all"]);
     }
 }

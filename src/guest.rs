@@ -20,6 +20,9 @@ pub const SOCKET: &str = "control.sock";
 /// How long the guest may take to answer; it does nothing that takes long before it does.
 pub const ANSWER: Duration = Duration::from_secs(10);
 
+/// Frames kept while a reply is awaited; the credit of three streams allows fewer.
+const MOST_HELD: usize = 256;
+
 /// A connection to guest-init.
 pub struct Connection {
     stream: UnixStream,
@@ -42,32 +45,31 @@ impl fmt::Display for NotReady {
 
 impl std::error::Error for NotReady {}
 
-impl Connection {
-    /// Connects to the VM whose directory is `dir`; `vmm` is the host pid that must own the socket. The guest has
-    /// `wait` to greet.
-    pub fn open(dir: &Path, vmm: i32, wait: Duration) -> Result<Self> {
-        use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-        let dir = std::fs::File::options()
-            .read(true)
-            .custom_flags(flags)
-            .open(dir)
-            .context("open the VM's directory")?;
-        // By way of the descriptor: no path grows beyond sun_path's 108 bytes, no component can be swapped.
-        let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
-        let kind = std::fs::symlink_metadata(&path).map_err(|_| NotReady)?.file_type();
-        if !kind.is_socket() {
-            bail!("the control socket is not a socket");
-        }
-        let connection = Self::greet(UnixStream::connect(&path).map_err(|_| NotReady)?, wait)?;
-        let peer =
-            getsockopt(&connection.stream, sockopt::PeerCredentials).context("peer credentials")?.pid();
-        if peer != vmm {
-            bail!("the control socket belongs to pid {peer}, not to the VM's {vmm}");
-        }
-        Ok(connection)
+/// Dials the VM whose directory is `dir`; `vmm` is the host pid that must own the socket. Not a byte of the guest's is
+/// read yet.
+pub fn dial(dir: &Path, vmm: i32) -> Result<UnixStream> {
+    use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let dir = std::fs::File::options()
+        .read(true)
+        .custom_flags(flags)
+        .open(dir)
+        .context("open the VM's directory")?;
+    // By way of the descriptor: no path grows beyond sun_path's 108 bytes, no component can be swapped.
+    let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
+    let kind = std::fs::symlink_metadata(&path).map_err(|_| NotReady)?.file_type();
+    if !kind.is_socket() {
+        bail!("the control socket is not a socket");
     }
+    let stream = UnixStream::connect(&path).map_err(|_| NotReady)?;
+    let peer = getsockopt(&stream, sockopt::PeerCredentials).context("peer credentials")?.pid();
+    if peer != vmm {
+        bail!("the control socket belongs to pid {peer}, not to the VM's {vmm}");
+    }
+    Ok(stream)
+}
 
+impl Connection {
     /// Takes a fresh connection and waits for the greeting.
     pub fn greet(stream: UnixStream, wait: Duration) -> Result<Self> {
         let blank = Greeting { version: 0, kernel: String::new(), uptime_us: 0 };
@@ -137,11 +139,16 @@ impl Connection {
 
     fn reply(&mut self, deadline: Instant) -> Result<Reply> {
         loop {
-            match self.next_frame()? {
+            match self.decoder.next_frame()? {
                 Some(Frame::Message(body)) => {
-                    return unpack(&body).map_err(|text| anyhow!("not understood: {text}"));
+                    return unpack(&body).map_err(|text| anyhow!("not understood: {}", clean(&text)));
                 }
-                Some(_) => continue,
+                // A short process's output may come before the news that it started.
+                Some(frame) if self.held.len() < MOST_HELD => {
+                    self.held.push_back(frame);
+                    continue;
+                }
+                Some(_) => bail!("too much output before a reply"),
                 None => {}
             }
             let left = deadline.saturating_duration_since(Instant::now());

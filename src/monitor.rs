@@ -164,6 +164,13 @@ impl Handle {
         Ok((serde_json::from_slice(&buffer[..n]).context("the monitor's report")?, pid))
     }
 
+    /// Tells the monitor that its report [`Report::Ready`] was noted.
+    pub fn acknowledge(&self) -> Result<()> {
+        nix::sys::socket::send(self.channel.as_raw_fd(), b"n", MsgFlags::MSG_NOSIGNAL)
+            .context("tell the monitor")?;
+        Ok(())
+    }
+
     /// Ends the monitor, and with it the VM; returns once both are gone.
     pub fn kill(&self) {
         vmm::kill(self.pidfd.as_fd());
@@ -203,6 +210,12 @@ impl Reporter {
         let _ = sendmsg::<()>(self.0.as_raw_fd(), &slices, control, MsgFlags::MSG_NOSIGNAL, None);
     }
 
+    /// Waits until the caller has noted that the container is there; one that ends before leaves nobody to start it.
+    fn is_acknowledged(&self) -> bool {
+        let mut byte = [0u8; 1];
+        matches!(nix::sys::socket::recv(self.0.as_raw_fd(), &mut byte, MsgFlags::empty()), Ok(1))
+    }
+
     fn phase(&self, text: &str) {
         self.send(&Report::Phase(text.into()), None);
     }
@@ -223,6 +236,9 @@ fn live(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, channel: OwnedF
         }
     };
     reporter.send(&Report::Ready, None);
+    if !reporter.is_acknowledged() {
+        return 1;
+    }
     drop(reporter);
     match relay::run(connection, &stage.id, &stage.signals, Some(&mut stage.vm)) {
         Ok(status) => status.code(),
@@ -268,7 +284,7 @@ fn prepare(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, reporter: &R
     nix::unistd::fchdir(&place).context("enter the VM's directory")?;
     let signals = relay::take_signals()?;
     jail::drop_privileges()?;
-    jail::confine_relay()?;
+    jail::confine_relay(&["socket", "connect"])?;
     let id = plan.guest.id.clone();
     let request = Request::Create(Box::new(plan.guest));
     Ok(Stage { id, vm: Vm { vmm, console }, signals, last_message, request })

@@ -6,6 +6,7 @@
 
 use std::os::fd::AsFd;
 
+use a3s_box_proto::credit::{WINDOW, cost};
 use a3s_box_proto::{ExitStatus, Frame, Reply, Request, Stream, Target, unpack};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
@@ -14,7 +15,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::console::Console;
-use crate::guest::Connection;
+use crate::guest::{Connection, clean};
 use crate::stdio::{Event, Pumps};
 use crate::vmm::{self, Vmm};
 
@@ -43,6 +44,8 @@ struct Relay<'a> {
     exit: Option<ExitStatus>,
     /// Outputs with bytes yet to come or to be written.
     outputs: u8,
+    /// Credit in use, by stream.
+    outstanding: [u32; 3],
     connected: bool,
     vm_ended: bool,
 }
@@ -55,8 +58,17 @@ pub fn run(
     vm: Option<&mut Vm>,
 ) -> Result<ExitStatus> {
     let pumps = Pumps::start()?;
-    let mut relay =
-        Relay { connection, container, pumps, vm, exit: None, outputs: 2, connected: true, vm_ended: false };
+    let mut relay = Relay {
+        connection,
+        container,
+        pumps,
+        vm,
+        exit: None,
+        outputs: 2,
+        outstanding: [0; 3],
+        connected: true,
+        vm_ended: false,
+    };
     // What came along with the last reply.
     relay.take_frames()?;
     loop {
@@ -145,12 +157,23 @@ impl Relay<'_> {
     fn take_frames(&mut self) -> Result<()> {
         while let Some(frame) = self.connection.next_frame()? {
             match frame {
-                Frame::Data(stream, bytes) => self.pumps.write(stream, bytes),
+                Frame::Data(stream, bytes) => self.receive_output(stream, bytes)?,
                 Frame::Credit(_, credit) => self.pumps.credit(credit),
                 Frame::End(stream) => self.end(stream),
                 Frame::Message(body) => self.note(&body)?,
             }
         }
+        Ok(())
+    }
+
+    /// A guest that sends beyond its credit would fill this process's memory.
+    fn receive_output(&mut self, stream: Stream, bytes: Vec<u8>) -> Result<()> {
+        let outstanding = &mut self.outstanding[stream as usize];
+        *outstanding += cost(bytes.len());
+        if stream == Stream::Stdin || *outstanding > WINDOW {
+            bail!("the guest sends more than it may");
+        }
+        self.pumps.write(stream, bytes);
         Ok(())
     }
 
@@ -161,7 +184,9 @@ impl Relay<'_> {
     }
 
     fn note(&mut self, body: &[u8]) -> Result<()> {
-        match unpack(body).map_err(|text| anyhow!("the guest's message is not understood: {text}"))? {
+        match unpack(body)
+            .map_err(|text| anyhow!("the guest's message is not understood: {}", clean(&text)))?
+        {
             Reply::Exited(status) => {
                 self.exit = Some(status);
                 self.send(&Request::Acknowledge);
@@ -186,7 +211,11 @@ impl Relay<'_> {
         let frame = match event {
             Event::Input(bytes) => Frame::Data(Stream::Stdin, bytes),
             Event::InputEnded => Frame::End(Stream::Stdin),
-            Event::Consumed(stream, credit) => Frame::Credit(stream, credit),
+            Event::Consumed(stream, credit) => {
+                let outstanding = &mut self.outstanding[stream as usize];
+                *outstanding = outstanding.saturating_sub(credit);
+                Frame::Credit(stream, credit)
+            }
             Event::Closed(stream) => Frame::End(stream),
             Event::Drained(_) => {
                 self.outputs = self.outputs.saturating_sub(1);
@@ -206,8 +235,14 @@ impl Relay<'_> {
             let ends = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&signal);
             match self.exit {
                 Some(_) => give_up |= ends,
-                // Ours alone: the terminal stops this process, a reader left, a child of ours changed.
-                None if [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU, libc::SIGPIPE].contains(&signal) => {}
+                // A reader left: its pump has noticed.
+                None if signal == libc::SIGPIPE => {}
+                // The caller's terminal stops a foreground exec, not the process in the guest.
+                None if self.vm.is_none()
+                    && [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal) =>
+                {
+                    let _ = nix::sys::signal::raise(Signal::SIGSTOP);
+                }
                 None => {
                     let container = self.container.to_string();
                     self.send(&Request::Signal { container, signal, target: Target::Own });

@@ -9,7 +9,7 @@ use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use crate::cgroup::Cgroup;
 use crate::vmm;
 
 const STATE: &str = "state.json";
+const LOCK: &str = "lock";
 /// Name of the VM's directory in a container's.
 pub const VM_DIR: &str = "vm";
 
@@ -125,6 +126,11 @@ impl Record {
         }
     }
 
+    /// Whether a signal has stopped the container's process on the host (not its freezer).
+    pub fn is_stopped_by_signal(&self) -> bool {
+        self.monitor.and_then(|monitor| stat(monitor.pid)).is_some_and(|(state, _)| state == 'T')
+    }
+
     /// Whether the container's process is gone, at the latest after `wait`.
     pub fn ends_within(&self, wait: Duration) -> bool {
         let Some(monitor) = self.monitor else { return true };
@@ -221,11 +227,16 @@ impl Store {
     /// Locks an existing container's directory.
     pub fn open(&self, id: &str) -> Result<Entry> {
         let dir = self.dir(id)?;
-        match lock(&dir) {
-            // Deleted while we waited for its lock.
-            Ok(_) if !dir.exists() => Err(Error::NotFound.into()),
-            Ok(lock) => Ok(Entry { dir, _lock: lock }),
-            Err(error) => Err(error),
+        loop {
+            let lock = lock(&dir)?;
+            // While we waited the container may have been deleted, and its id be another's by now.
+            match fs::metadata(dir.join(LOCK)) {
+                Ok(found) if lock.metadata().is_ok_and(|held| held.ino() == found.ino()) => {
+                    return Ok(Entry { dir, _lock: lock });
+                }
+                Ok(_) => {}
+                Err(_) => return Err(Error::NotFound.into()),
+            }
         }
     }
 
@@ -254,7 +265,7 @@ impl Store {
 }
 
 fn lock(dir: &Path) -> Result<Flock<File>> {
-    let path = dir.join("lock");
+    let path = dir.join(LOCK);
     let file = File::options()
         .create(dir.is_dir())
         .truncate(false)
@@ -306,6 +317,14 @@ impl Entry {
 
     /// Removes everything about the container.
     pub fn remove(self) -> Result<()> {
+        // Whoever waits for the lock may make the file anew in between.
+        const TRIES: usize = 10;
+        for _ in 0..TRIES {
+            match fs::remove_dir_all(&self.dir) {
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                result => return result.with_context(|| format!("remove {}", self.dir.display())),
+            }
+        }
         fs::remove_dir_all(&self.dir).with_context(|| format!("remove {}", self.dir.display()))
     }
 }

@@ -115,10 +115,17 @@ pub fn pidfd_open(pid: i32) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
+/// Signals a process by descriptor.
+pub fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> nix::Result<()> {
+    // SAFETY: no pointer but a null siginfo, which means plain kill.
+    let sent =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, 0usize, 0usize) };
+    nix::errno::Errno::result(sent).map(drop)
+}
+
 /// Kills a process by descriptor; one that is gone already is as good as killed.
 pub fn kill(pidfd: BorrowedFd<'_>) {
-    // SAFETY: no pointer but a null siginfo, which means plain kill.
-    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) };
+    let _ = signal(pidfd, libc::SIGKILL);
 }
 
 /// Whether a process is gone, at the latest after `wait`.
@@ -272,6 +279,9 @@ fn run(channel: &OwnedFd) -> Result<Stage> {
         }
     }
     jail.enter()?;
+    if !cfg!(feature = "local-guest") {
+        jail::confine_vmm()?;
+    }
     Ok(Stage { machine })
 }
 

@@ -70,7 +70,7 @@ impl Cgroup {
         };
         let own_parent = path.parent() == Some(Path::new(OWN_PARENT));
         let cgroup = Cgroup { dirs: roots.iter().map(|root| root.join(path)).collect(), own_parent };
-        match cgroup.dirs.iter().find(|dir| !pids(dir).is_empty()) {
+        match cgroup.dirs.iter().find(|dir| !tree_pids(dir).is_empty()) {
             Some(dir) => bail!("container's cgroup {} is not empty", dir.display()),
             None => Ok(cgroup),
         }

@@ -89,6 +89,7 @@ pub fn birth<'a>(context: &Context, args: &'a cli::Create, signals: Option<&Sign
         store::replace(path, pid.as_bytes(), 0o644)?;
         born.pid_file = Some(path);
     }
+    born.handle.as_ref().context("the monitor")?.acknowledge()?;
     context.log.debug("created");
     Ok(born)
 }

@@ -15,6 +15,12 @@ const GONE: Duration = Duration::from_secs(3);
 
 /// The verb.
 pub fn delete(context: &Context, args: &cli::Delete) -> Result<i32> {
+    if args.force
+        && let Ok(record) = context.store.read(&args.id)
+    {
+        // Before the lock, which a `create` holds for as long as its guest boots.
+        kill(&record)?;
+    }
     let entry = match context.store.open(&args.id) {
         Err(error) if args.force && matches!(error.downcast_ref(), Some(Error::NotFound)) => return Ok(0),
         entry => entry?,
@@ -43,22 +49,25 @@ pub fn delete(context: &Context, args: &cli::Delete) -> Result<i32> {
 
 /// Ends what still runs and removes every trace.
 pub fn remove(entry: Entry, record: &Record) -> Result<()> {
-    if let Some(monitor) = record.monitor.filter(|monitor| monitor.is_alive()) {
-        if let Ok(pidfd) = vmm::pidfd_open(monitor.pid) {
-            // The number could have been given to another process between the look and the open.
-            if monitor.is_alive() {
-                vmm::kill(pidfd.as_fd());
-                thaw(record);
-                vmm::ends_within(pidfd.as_fd(), GONE);
-            }
-        }
-        if monitor.is_alive() {
-            bail!("container {} cannot be killed: pid {} does not end", record.id, monitor.pid);
-        }
-    }
+    kill(record)?;
     record.cgroup.kill();
     record.cgroup.remove();
     entry.remove()
+}
+
+/// Ends the monitor, and its VM with it.
+fn kill(record: &Record) -> Result<()> {
+    let Some(monitor) = record.monitor else { return Ok(()) };
+    let Ok(pidfd) = vmm::pidfd_open(monitor.pid) else { return Ok(()) };
+    // Looked at behind the descriptor: the number may have become another process's.
+    if monitor.is_alive() {
+        vmm::kill(pidfd.as_fd());
+        thaw(record);
+        if !vmm::ends_within(pidfd.as_fd(), GONE) {
+            bail!("container {} cannot be killed: pid {} does not end", record.id, monitor.pid);
+        }
+    }
+    Ok(())
 }
 
 /// cgroup v1 keeps even a SIGKILL waiting while it is frozen.

@@ -7,8 +7,9 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec, User};
 
 use super::{Context, start};
+use crate::guest::Connection;
 use crate::store::{Record, Status};
-use crate::{cli, guest, jail, plan, relay};
+use crate::{cli, guest, jail, plan, relay, support};
 
 /// The verb.
 pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
@@ -24,10 +25,11 @@ pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
     }
     refuse_flags(args)?;
     let process = process(args, &record)?;
-    let mut connection = start::connect(&context.store.path(&args.id)?, &record, guest::ANSWER)?;
+    let stream = start::dial(&context.store.path(&args.id)?, &record)?;
     let signals = relay::take_signals()?;
     jail::drop_privileges()?;
-    jail::confine_relay()?;
+    jail::confine_relay(&[])?;
+    let mut connection = Connection::greet(stream, guest::ANSWER)?;
     let request = Request::Exec { container: record.id.clone(), process: Box::new(process) };
     match connection.call(&request, guest::ANSWER)? {
         Outcome::Done => {}
@@ -72,7 +74,10 @@ fn process(args: &cli::Exec, record: &Record) -> Result<proto::Process> {
 
 fn from_file(path: &Path) -> Result<Process> {
     let text = std::fs::read(path).with_context(|| format!("open {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is not a process", path.display()))
+    let shown = || format!("{} is not a process", path.display());
+    let process: serde_json::Value = serde_json::from_slice(&text).with_context(shown)?;
+    support::check(&serde_json::json!({ "process": process }))?;
+    serde_json::from_value(process).with_context(shown)
 }
 
 fn from_config(args: &cli::Exec, record: &Record) -> Result<Process> {

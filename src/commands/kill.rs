@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use super::{Context, start};
 use crate::cli;
 use crate::guest;
-use crate::store::{ProcessId, Record, Status};
+use crate::store::{Record, Status};
 use crate::vmm;
 
 /// A guest that does not greet, or has not taken a SIGKILL, or has not let go of the process by then each time, does
@@ -44,6 +44,9 @@ pub fn kill(context: &Context, args: &cli::Kill) -> Result<i32> {
 }
 
 fn signal_paused(record: &Record, signal: i32) -> Result<i32> {
+    if [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal) {
+        bail!("container is paused: it cannot be stopped by a signal as well");
+    }
     signal_monitor(record, signal)?;
     if signal == libc::SIGKILL {
         // cgroup v1 keeps even a SIGKILL waiting while it is frozen.
@@ -75,18 +78,22 @@ fn end(record: &Record) -> Result<i32> {
     {
         vmm::kill(pidfd.as_fd());
     }
+    // It only has output to write then, unless somebody stopped it.
+    if record.vm.is_some_and(|vm| !vm.is_alive()) && record.is_stopped_by_signal() {
+        signal_monitor(record, libc::SIGKILL)?;
+    }
     Ok(0)
 }
 
 fn signal_monitor(record: &Record, signal: i32) -> Result<()> {
-    let Some(ProcessId { pid, .. }) = record.monitor.filter(|monitor| monitor.is_alive()) else {
-        bail!("container not running")
-    };
-    // SAFETY: kill takes plain numbers and touches no memory of ours.
-    match Errno::result(unsafe { libc::kill(pid, signal) }) {
-        Ok(_) => Ok(()),
-        Err(Errno::ESRCH) => bail!("container not running"),
-        Err(errno) => Err(errno).context("signal the monitor"),
+    let sent = record.monitor.map(|monitor| (monitor, vmm::pidfd_open(monitor.pid)));
+    match sent {
+        // Looked at again behind the descriptor: the number may have become another process's.
+        Some((monitor, Ok(pidfd))) if monitor.is_alive() => match vmm::signal(pidfd.as_fd(), signal) {
+            Err(Errno::ESRCH) => bail!("container not running"),
+            result => result.context("signal the monitor"),
+        },
+        _ => bail!("container not running"),
     }
 }
 

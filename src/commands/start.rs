@@ -1,5 +1,6 @@
 //! `start`: the created container's process runs.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -53,6 +54,11 @@ fn ended(entry: &Entry, record: &Record) -> bool {
 
 /// Connects to the guest that a container lives in, which has `wait` to greet.
 pub fn connect(dir: &Path, record: &Record, wait: Duration) -> Result<Connection> {
+    Connection::greet(dial(dir, record)?, wait)
+}
+
+/// Dials the guest that a container lives in.
+pub fn dial(dir: &Path, record: &Record) -> Result<UnixStream> {
     let Some(vm) = record.vm.filter(|vm| vm.is_alive()) else { bail!("container not running") };
-    Connection::open(&dir.join(VM_DIR), vm.pid, wait)
+    guest::dial(&dir.join(VM_DIR), vm.pid)
 }

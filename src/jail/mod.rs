@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use a3s_box_mount::{Kind, Root, attach, clone_tree, errno_words, file_system, open_path, set_attributes};
 use anyhow::{Context, Result, anyhow};
-use caps::CapSet;
+use caps::{CapSet, Capability};
 use libseccomp::{ScmpAction, ScmpFilterContext, ScmpSyscall};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -120,13 +120,49 @@ pub fn drop_privileges() -> Result<()> {
     nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
     let supported = caps::runtime::thread_all_supported();
     // Without CAP_SETPCAP the bounding set stays, and means nothing: no_new_privs bars every gain.
-    if caps::has_cap(None, CapSet::Effective, caps::Capability::CAP_SETPCAP).unwrap_or(false) {
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).unwrap_or(false) {
         for capability in supported {
             caps::drop(None, CapSet::Bounding, capability).context("drop from the bounding set")?;
         }
     }
     for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
         caps::clear(None, set).with_context(|| format!("clear capabilities ({set:?})"))?;
+    }
+    Ok(())
+}
+
+/// What faithful virtiofs needs: any owner, mode and file capability, on behalf of any user, device nodes (which the
+/// jail's mounts make useless on the host).
+const VMM: [Capability; 8] = [
+    Capability::CAP_CHOWN,
+    Capability::CAP_DAC_OVERRIDE,
+    Capability::CAP_FOWNER,
+    Capability::CAP_FSETID,
+    Capability::CAP_SETGID,
+    Capability::CAP_SETUID,
+    Capability::CAP_SETFCAP,
+    Capability::CAP_MKNOD,
+];
+
+/// Leaves the VMM the capabilities of [`VMM`] alone, and no way to others. Its threads act for guest users by changing
+/// their ids, which must not change their capabilities (a user's supplementary groups are not told to virtiofs).
+pub fn confine_vmm() -> Result<()> {
+    // linux/securebits.h, SECBIT_NO_SETUID_FIXUP
+    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: prctl with a plain number.
+    let set = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP) };
+    nix::errno::Errno::result(set).context("secure bits")?;
+    nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
+    for capability in caps::runtime::thread_all_supported() {
+        if !VMM.contains(&capability) {
+            caps::drop(None, CapSet::Bounding, capability).context("drop from the bounding set")?;
+        }
+    }
+    caps::clear(None, CapSet::Ambient).context("clear ambient capabilities")?;
+    caps::clear(None, CapSet::Inheritable).context("clear inheritable capabilities")?;
+    let wanted = VMM.into_iter().collect();
+    for set in [CapSet::Effective, CapSet::Permitted] {
+        caps::set(None, set, &wanted).with_context(|| format!("limit capabilities ({set:?})"))?;
     }
     Ok(())
 }
@@ -149,8 +185,6 @@ const RELAY: &[&str] = &[
     "sendto",
     "sendmsg",
     "shutdown",
-    "socket",
-    "connect",
     "getsockopt",
     "setsockopt",
     "getpeername",
@@ -196,9 +230,10 @@ const RELAY: &[&str] = &[
 ];
 
 /// Allows [`RELAY`] alone. Before the first byte from the guest: a parser's bug must not be worth much.
-pub fn confine_relay() -> Result<()> {
+/// `more` names system calls that this relay needs besides.
+pub fn confine_relay(more: &[&str]) -> Result<()> {
     let mut filter = ScmpFilterContext::new(ScmpAction::Errno(libc::EPERM)).context("seccomp filter")?;
-    for name in RELAY {
+    for name in RELAY.iter().chain(more) {
         if let Ok(syscall) = ScmpSyscall::from_name(name) {
             filter
                 .add_rule(ScmpAction::Allow, syscall)
