@@ -123,20 +123,17 @@ fn mounts() -> Vec<String> {
     table.lines().filter_map(point).collect()
 }
 
-/// Cgroups that bear our tag, and those of others only where no process lives in them.
+/// Cgroups that bear our tag, and the runtime's parent of them where nobody is left in it.
 fn cgroups(world: &World) -> Vec<PathBuf> {
     let mut all = Vec::new();
     collect_cgroups(Path::new("/sys/fs/cgroup"), &mut all);
-    all.retain(|dir| {
-        dir.to_string_lossy().contains(&world.tag) || !is_populated(dir) && !is_another_suites(dir)
-    });
+    let is_empty_parent = |dir: &Path| {
+        let mut below = Vec::new();
+        collect_cgroups(dir, &mut below);
+        dir.ends_with("a3s-box") && below.is_empty()
+    };
+    all.retain(|dir| dir.to_string_lossy().contains(&world.tag) || is_empty_parent(dir));
     all
-}
-
-/// Names end in `-cfPID-NUMBER`: another run of this suite has its own census.
-fn is_another_suites(dir: &Path) -> bool {
-    let name = dir.to_string_lossy();
-    name.split_once("-cf").is_some_and(|(_, rest)| rest.starts_with(|digit: char| digit.is_ascii_digit()))
 }
 
 fn collect_cgroups(dir: &Path, all: &mut Vec<PathBuf>) {
@@ -147,13 +144,6 @@ fn collect_cgroups(dir: &Path, all: &mut Vec<PathBuf>) {
             collect_cgroups(&entry.path(), all);
         }
     }
-}
-
-fn is_populated(dir: &Path) -> bool {
-    let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    let mut below = Vec::new();
-    collect_cgroups(dir, &mut below);
-    !procs.is_empty() || below.iter().any(|dir| is_populated(dir))
 }
 
 fn sockets(world: &World) -> Vec<String> {
