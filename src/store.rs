@@ -322,6 +322,8 @@ impl Entry {
         for _ in 0..TRIES {
             match fs::remove_dir_all(&self.dir) {
                 Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound && !self.dir.exists() => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 result => return result.with_context(|| format!("remove {}", self.dir.display())),
             }
         }

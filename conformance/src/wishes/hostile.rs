@@ -45,7 +45,7 @@ const WISHES: &[Wish<Container>] = &[
         let path = world.dir.to_string_lossy().into_owned();
         container.says(
             &format!(
-                "ls -d {path} /work /home 2>/dev/null | wc -l; cat /proc/mounts | grep -c {} || true",
+                "ls -d {path} /home /boot 2>/dev/null | wc -l; cat /proc/mounts | grep -c {} || true",
                 world.tag
             ),
             "0\n0",
@@ -158,10 +158,10 @@ fn hidden_links(world: &'static World) -> Result<()> {
     let config = Config::sh("true")
         .set("/linux/maskedPaths", json!(["/mask/file", "/mask-file"]))
         .set("/linux/readonlyPaths", json!(["/fix/dir", "/fix-dir"]))
-        .set("/process/cwd", json!("/work/new/dir"));
+        .set("/process/cwd", json!("/place/new/dir"));
     let bundle = world.own_bundle(&config)?;
     let rootfs = bundle.join("rootfs");
-    for name in ["mask", "fix", "work"] {
+    for name in ["mask", "fix", "place"] {
         symlink(&outside.dir, rootfs.join(name))?;
     }
     symlink(outside.dir.join("file"), rootfs.join("mask-file"))?;

@@ -15,7 +15,7 @@ const MIB: u64 = 1 << 20;
 
 /// Wishes that share a container with limits and without annotations.
 const LIMITED: &[Wish<Container>] = &[
-    ("resources/vcpus-are-the-quota-rounded-up", |container| container.says("nproc", "2")),
+    ("resources/vcpus-are-the-quota-rounded-up", |container| container.says("nproc", "1")),
     ("resources/memory-is-the-limit-and-room-for-the-guest", |container| {
         let kib: u64 = container.sh("grep MemTotal /proc/meminfo | tr -s ' ' | cut -d ' ' -f 2")?.parse()?;
         ensure!((96 * 1024..320 * 1024).contains(&kib), "{kib} KiB for a limit of 128 MiB");
@@ -23,7 +23,7 @@ const LIMITED: &[Wish<Container>] = &[
     }),
     ("resources/cpu-and-pids-hold-in-the-guest", |container| {
         let files = "cd /sys/fs/cgroup; cat cpu.max; cat cpu.weight; cat pids.max";
-        container.says(files, "150000 100000\n39\n30")
+        container.says(files, "90000 100000\n39\n30")
     }),
     ("resources/too-much-memory-kills-the-taker-and-not-the-container", |container| {
         // Twice as much each time: it is stopped by the limit, long before the kernel could refuse to promise more.
@@ -33,7 +33,7 @@ const LIMITED: &[Wish<Container>] = &[
         container.says("echo well", "well")
     }),
     ("resources/too-many-processes-are-refused-and-it-lives-on", |container| {
-        let bomb = "i=0; while [ $i -lt 60 ]; do sleep 3 & i=$((i+1)); done; wait";
+        let bomb = "i=0; while [ $i -lt 60 ]; do sleep 30 & i=$((i+1)); done; wait";
         let output = container.exec(&["sh", "-c", bomb])?;
         ensure!(output.code != 0 && output.stderr.contains("fork"), "60 processes fit: {:?}", output.stderr);
         container.says("echo well", "well")
@@ -54,7 +54,7 @@ fn limited(world: &'static World) -> Result<Container> {
     let resources = json!({
         "memory": { "limit": 128 * MIB },
         "pids": { "limit": 30 },
-        "cpu": { "quota": 150_000, "period": 100_000, "shares": 1024 },
+        "cpu": { "quota": 90_000, "period": 100_000, "shares": 1024 },
     });
     Container::running(world, &Config::idle().without("/annotations").set("/linux/resources", resources))
 }
