@@ -103,16 +103,15 @@ struct Joined(Vec<(CloneFlags, OwnedFd, String)>);
 impl Joined {
     fn open(plan: &Plan) -> Result<Self> {
         let mut joined = Vec::new();
-        for (namespace, name, kind, flag) in [
-            (&plan.namespaces.network, "network", "net", CloneFlags::CLONE_NEWNET),
-            (&plan.namespaces.ipc, "ipc", "ipc", CloneFlags::CLONE_NEWIPC),
-            (&plan.namespaces.uts, "uts", "uts", CloneFlags::CLONE_NEWUTS),
+        for (namespace, name, flag) in [
+            (&plan.namespaces.network, "network", CloneFlags::CLONE_NEWNET),
+            (&plan.namespaces.ipc, "ipc", CloneFlags::CLONE_NEWIPC),
+            (&plan.namespaces.uts, "uts", CloneFlags::CLONE_NEWUTS),
         ] {
             let Namespace::Join(path) = namespace else { continue };
             let shown = format!("linux.namespaces: join {name} namespace {}", path.display());
             let fd = File::open(path).context(shown.clone())?;
-            if name == "network" && [1, std::process::id()].iter().any(|pid| is_namespace_of(&fd, *pid, kind))
-            {
+            if name == "network" && [1, std::process::id()].iter().any(|pid| is_network_of(&fd, *pid)) {
                 bail!("{shown}: it is the host's, and the host's network is not supported");
             }
             joined.push((flag, fd.into(), shown));
@@ -128,9 +127,9 @@ impl Joined {
     }
 }
 
-fn is_namespace_of(fd: &File, pid: u32, kind: &str) -> bool {
+fn is_network_of(fd: &File, pid: u32) -> bool {
     use std::os::unix::fs::MetadataExt;
-    let other = std::fs::metadata(format!("/proc/{pid}/ns/{kind}"));
+    let other = std::fs::metadata(format!("/proc/{pid}/ns/net"));
     fd.metadata().ok().zip(other.ok()).is_some_and(|(a, b)| (a.dev(), a.ino()) == (b.dev(), b.ino()))
 }
 
@@ -372,7 +371,7 @@ impl Stage {
         }
         if signals
             && let Ok(Some(info)) = self.signals.read_signal()
-            && [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&(info.ssi_signo as i32))
+            && relay::ENDING.contains(&(info.ssi_signo as i32))
         {
             bail!("create was ended by signal {}", info.ssi_signo);
         }

@@ -27,6 +27,9 @@ pub struct Vm {
     pub console: Console,
 }
 
+/// Signals by which a caller gives up on what it waits for.
+pub const ENDING: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
 /// Blocks every signal that can be forwarded and makes them readable. Before any thread is started.
 pub fn take_signals() -> Result<SignalFd> {
     let mut mask = SigSet::all();
@@ -232,9 +235,8 @@ impl Relay<'_> {
         let mut give_up = false;
         while let Ok(Some(info)) = signals.read_signal() {
             let signal = info.ssi_signo as i32;
-            let ends = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&signal);
             match self.exit {
-                Some(_) => give_up |= ends,
+                Some(_) => give_up |= ENDING.contains(&signal),
                 // A reader left: its pump has noticed.
                 None if signal == libc::SIGPIPE => {}
                 // The caller's terminal stops a foreground exec, not the process in the guest.

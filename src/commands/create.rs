@@ -13,6 +13,7 @@ use crate::cgroup::Cgroup;
 use crate::cli;
 use crate::monitor::{self, Handle, Report};
 use crate::plan::{self, Plan};
+use crate::relay;
 use crate::store::{self, Entry, ProcessId, Record};
 
 /// The verb.
@@ -163,7 +164,7 @@ fn await_report(handle: &Handle, signals: Option<&SignalFd>) -> Result<()> {
         }
         while let Ok(Some(info)) = signals.read_signal() {
             let signal = info.ssi_signo as i32;
-            if [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&signal) {
+            if relay::ENDING.contains(&signal) {
                 bail!("given up: signal {signal}");
             }
         }
