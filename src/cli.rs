@@ -110,7 +110,7 @@ pub enum Command {
     /// Write a config.json to start from
     Spec(Spec),
     /// Print what this runtime supports as JSON (runtime-spec features.md)
-    Features,
+    Features(Features),
     /// Say whether this host can run microVMs, and what to do where not
     Check(Check),
     /// Not supported: a microVM cannot be checkpointed
@@ -299,6 +299,26 @@ pub struct Spec {
     pub bundle: PathBuf,
 }
 
+/// Flags of `features`.
+#[derive(Debug, Args)]
+pub struct Features {
+    /// Print instead what becomes of each field of config.json
+    #[arg(long)]
+    pub matrix: bool,
+    /// Form of the matrix
+    #[arg(long, value_enum, default_value_t = MatrixFormat::Text, requires = "matrix")]
+    pub format: MatrixFormat,
+}
+
+/// Forms of the matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MatrixFormat {
+    /// Columns
+    Text,
+    /// A table
+    Markdown,
+}
+
 /// Flags of `check`.
 #[derive(Debug, Args)]
 pub struct Check {
@@ -412,6 +432,7 @@ mod tests {
             "a3s-box checkpoint --image-path /i --help",
             "a3s-box restore -no-subreaper --lsm-mount-context",
             "a3s-box features",
+            "a3s-box features --matrix --format markdown",
             "a3s-box --root=/r --version",
             "a3s-box -v",
         ] {

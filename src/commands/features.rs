@@ -1,28 +1,42 @@
-//! `features`: what holds for a container in the guest (runtime-spec features.md).
+//! `features`: what holds for a container in the guest (runtime-spec features.md), and the table of every field.
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
+
+use crate::cli::{self, MatrixFormat};
+use crate::support::{honoured, is_honoured};
 
 /// Newest runtime-spec version that is understood.
 pub const SPEC_VERSION: &str = "1.3.0";
 
 /// The verb.
-pub fn features() -> Result<i32> {
+pub fn features(args: &cli::Features) -> Result<i32> {
+    let text = match (args.matrix, args.format) {
+        (true, MatrixFormat::Text) => crate::support::text(),
+        (true, MatrixFormat::Markdown) => crate::support::markdown(),
+        (false, _) => document()?,
+    };
+    super::write_out(&text)?;
+    Ok(0)
+}
+
+fn document() -> Result<String> {
     let document = json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": SPEC_VERSION,
-        "hooks": [],
+        "hooks": honoured("hooks."),
         "mountOptions": crate::plan::mounts::OPTIONS,
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "namespaces": honoured("linux.namespaces[].type="),
             "capabilities": capabilities(),
             "cgroup": { "v1": true, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
             "seccomp": { "enabled": false },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
-            "intelRdt": { "enabled": false },
-            "mountExtensions": { "idmap": { "enabled": false } },
-            "netDevices": { "enabled": false }
+            "intelRdt": { "enabled": is_honoured("linux.intelRdt") },
+            "memoryPolicy": { "enabled": is_honoured("linux.memoryPolicy") },
+            "mountExtensions": { "idmap": { "enabled": is_honoured("mounts[].uidMappings") } },
+            "netDevices": { "enabled": is_honoured("linux.netDevices") }
         },
         "annotations": {
             "org.opencontainers.runc.checkpoint.enabled": "false",
@@ -32,8 +46,7 @@ pub fn features() -> Result<i32> {
         "potentiallyUnsafeConfigAnnotations": ["a3s.box/"]
     });
     let text = serde_json::to_string_pretty(&document).context("encode features")?;
-    super::write_out(&format!("{text}\n"))?;
-    Ok(0)
+    Ok(format!("{text}\n"))
 }
 
 fn capabilities() -> Vec<String> {

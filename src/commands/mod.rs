@@ -72,7 +72,7 @@ fn dispatch(context: &Context, command: Command) -> Result<i32> {
         Command::Pause(args) => pause::pause(context, &args.id),
         Command::Resume(args) => pause::resume(context, &args.id),
         Command::Spec(args) => spec::spec(&args),
-        Command::Features => features::features(),
+        Command::Features(args) => features::features(&args),
         Command::Check(args) => check::check(&args),
         Command::Checkpoint(_) => bail!("checkpoint is not supported: a microVM cannot be checkpointed"),
         Command::Restore(_) => bail!("restore is not supported: a microVM cannot be restored"),

@@ -1,0 +1,154 @@
+//! The table itself: every property of runtime-spec 1.3's config.json.
+//!
+//! A row covers what lies below its path; no row lies below another. `[]` stands for any element, and a row
+//! `path=value` for one value of a field whose values fare differently (such a field has a row for each value).
+
+use super::Support::{self, Both, Guest, Host, Ignored, Refused};
+
+/// One row.
+#[derive(Debug)]
+pub struct Field {
+    /// Where it stands in config.json.
+    pub path: &'static str,
+    /// What becomes of it.
+    pub support: Support,
+    /// What a reader should know besides; empty for most.
+    pub note: &'static str,
+}
+
+impl Field {
+    const fn note(mut self, note: &'static str) -> Self {
+        self.note = note;
+        self
+    }
+}
+
+const fn field(path: &'static str, support: Support) -> Field {
+    Field { path, support, note: "" }
+}
+
+const NOT_YET: Support = Refused("not supported");
+const NO_LSM: Support = Ignored("the guest kernel has no such security module");
+const OTHER_SYSTEM: Support = Refused("this is a Linux runtime");
+const NO_LISTENER: Support =
+    Refused("the filter runs in the guest's kernel, no descriptor of it can cross to the host");
+
+/// Every field, in the order in which people look for them.
+pub const FIELDS: &[Field] = &[
+    field("ociVersion", Host).note("1.x"),
+    field("root.path", Host),
+    field("root.readonly", Both),
+    field("mounts[].destination", Both),
+    field("mounts[].type", Both),
+    field("mounts[].source", Host),
+    field("mounts[].options", Both).note("see `mountOptions` of `a3s-box features`"),
+    field("mounts[].uidMappings", NOT_YET),
+    field("mounts[].gidMappings", NOT_YET),
+    field("process.args", Guest),
+    field("process.env", Guest),
+    field("process.cwd", Guest),
+    field("process.user.uid", Guest),
+    field("process.user.gid", Guest),
+    field("process.user.additionalGids", Guest),
+    field("process.user.umask", Guest),
+    field("process.user.username", Ignored("it is for Windows")),
+    field("process.commandLine", Ignored("it is for Windows")),
+    field("process.capabilities.bounding", Guest),
+    field("process.capabilities.effective", Guest),
+    field("process.capabilities.inheritable", Guest),
+    field("process.capabilities.permitted", Guest),
+    field("process.capabilities.ambient", Guest),
+    field("process.rlimits", Guest),
+    field("process.noNewPrivileges", Guest),
+    field("process.oomScoreAdj", Guest),
+    field("process.terminal", NOT_YET),
+    field("process.consoleSize", Ignored("it belongs to a terminal")),
+    field("process.apparmorProfile", NO_LSM),
+    field("process.selinuxLabel", NO_LSM),
+    field("process.scheduler", NOT_YET),
+    field("process.ioPriority", NOT_YET),
+    field("process.execCPUAffinity", NOT_YET),
+    field("hostname", Both),
+    field("domainname", Guest),
+    field("annotations", Host).note("`a3s.box/…` act, all are shown by `state`"),
+    field("hooks.prestart", NOT_YET),
+    field("hooks.createRuntime", NOT_YET),
+    field("hooks.createContainer", NOT_YET),
+    field("hooks.startContainer", NOT_YET),
+    field("hooks.poststart", NOT_YET),
+    field("hooks.poststop", NOT_YET),
+    field("linux.namespaces[].type=cgroup", Guest),
+    field("linux.namespaces[].type=ipc", Both),
+    field("linux.namespaces[].type=mount", Guest),
+    field("linux.namespaces[].type=network", Both),
+    field("linux.namespaces[].type=pid", Guest),
+    field("linux.namespaces[].type=uts", Both),
+    field("linux.namespaces[].type=user", NOT_YET),
+    field("linux.namespaces[].type=time", NOT_YET),
+    field("linux.namespaces[].path", Host).note("network, ipc and uts; the guest's are its own"),
+    field("linux.uidMappings", NOT_YET),
+    field("linux.gidMappings", NOT_YET),
+    field("linux.timeOffsets", NOT_YET),
+    field("linux.devices", NOT_YET),
+    field("linux.netDevices", NOT_YET),
+    field("linux.cgroupsPath", Host),
+    field("linux.rootfsPropagation=private", Guest),
+    field("linux.rootfsPropagation=rprivate", Guest),
+    field("linux.rootfsPropagation=slave", Guest),
+    field("linux.rootfsPropagation=rslave", Guest),
+    field("linux.rootfsPropagation=unbindable", Guest),
+    field("linux.rootfsPropagation=runbindable", Guest),
+    field("linux.rootfsPropagation=shared", Refused("a guest's mounts cannot propagate to the host")),
+    field("linux.rootfsPropagation=rshared", Refused("a guest's mounts cannot propagate to the host")),
+    field("linux.maskedPaths", Guest),
+    field("linux.readonlyPaths", Guest),
+    field("linux.mountLabel", NO_LSM),
+    field("linux.sysctl", NOT_YET),
+    field("linux.personality", NOT_YET),
+    field("linux.seccomp.defaultAction", NOT_YET),
+    field("linux.seccomp.defaultErrnoRet", NOT_YET),
+    field("linux.seccomp.architectures", NOT_YET),
+    field("linux.seccomp.flags", NOT_YET),
+    field("linux.seccomp.syscalls", NOT_YET),
+    field("linux.seccomp.listenerPath", NO_LISTENER),
+    field("linux.seccomp.listenerMetadata", NO_LISTENER),
+    field("linux.intelRdt", NOT_YET),
+    field("linux.memoryPolicy", NOT_YET),
+    field("linux.resources.devices[].allow=true", Refused("allowing devices is not supported")),
+    field("linux.resources.devices[].type", Guest),
+    field("linux.resources.devices[].major", Guest),
+    field("linux.resources.devices[].minor", Guest),
+    field("linux.resources.devices[].access", Guest),
+    field("linux.resources.memory.limit", Both),
+    field("linux.resources.memory.reservation", NOT_YET),
+    field("linux.resources.memory.swap", NOT_YET),
+    field("linux.resources.memory.kernel", NOT_YET),
+    field("linux.resources.memory.kernelTCP", NOT_YET),
+    field("linux.resources.memory.swappiness", NOT_YET),
+    field("linux.resources.memory.disableOOMKiller", NOT_YET),
+    field("linux.resources.memory.useHierarchy", NOT_YET),
+    field("linux.resources.memory.checkBeforeUpdate", NOT_YET),
+    field("linux.resources.cpu.quota", Both),
+    field("linux.resources.cpu.period", Both),
+    field("linux.resources.cpu.cpus", Host).note("the number of vCPUs"),
+    field("linux.resources.cpu.shares", Guest),
+    field("linux.resources.cpu.burst", NOT_YET),
+    field("linux.resources.cpu.idle", NOT_YET),
+    field("linux.resources.cpu.mems", NOT_YET),
+    field("linux.resources.cpu.realtimePeriod", NOT_YET),
+    field("linux.resources.cpu.realtimeRuntime", NOT_YET),
+    field("linux.resources.pids.limit", Guest),
+    field("linux.resources.blockIO", NOT_YET),
+    field("linux.resources.hugepageLimits", NOT_YET),
+    field("linux.resources.network", NOT_YET),
+    field("linux.resources.rdma", NOT_YET),
+    field("linux.resources.unified", NOT_YET),
+    field("vm.hypervisor", NOT_YET),
+    field("vm.kernel", NOT_YET),
+    field("vm.image", NOT_YET),
+    field("vm.hwConfig", NOT_YET),
+    field("solaris", OTHER_SYSTEM),
+    field("windows", OTHER_SYSTEM),
+    field("zos", OTHER_SYSTEM),
+    field("freebsd", OTHER_SYSTEM),
+];
