@@ -98,7 +98,7 @@ pub enum Command {
     /// Delete a container
     Delete(Delete),
     /// Run a further process in a container
-    Exec(Exec),
+    Exec(Box<Exec>),
     /// List containers
     List(List),
     /// List the processes of a container
@@ -146,6 +146,9 @@ pub struct Engine {
     /// Unix socket that is to receive the terminal's master (not supported)
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,
+    /// Unix socket that is to receive a pidfd of the process's pid
+    #[arg(long, value_name = "SOCKET")]
+    pub pidfd_socket: Option<PathBuf>,
     /// Pass this many further descriptors (cannot cross into a VM: 0 alone is accepted)
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
@@ -240,12 +243,21 @@ pub struct Exec {
     /// Give the process a terminal (not supported)
     #[arg(short, long)]
     pub tty: bool,
-    /// Return once the process runs (not supported)
+    /// Return once the process runs; another process stays and stands for it
     #[arg(short, long)]
     pub detach: bool,
     /// What engines hand over and want back
     #[command(flatten)]
     pub engine: Engine,
+    /// Join this cgroup below the container's own (cgroup v2: a path alone)
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<PathBuf>,
+    /// Accepted and ignored: the guest kernel has no SELinux
+    #[arg(long, value_name = "LABEL")]
+    pub process_label: Option<String>,
+    /// Accepted and ignored: the guest kernel has no AppArmor
+    #[arg(long, value_name = "PROFILE")]
+    pub apparmor: Option<String>,
     /// Run in a paused container as well (not supported: its whole VM is frozen)
     #[arg(long)]
     pub ignore_paused: bool,
@@ -332,7 +344,7 @@ pub struct Check {
 
 /// Go's flag parser takes long flags with one dash too, and go-runc passes one so; clap does not.
 pub fn normalize(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    const LONG: [&str; 28] = [
+    const LONG: [&str; 36] = [
         "root",
         "log",
         "log-format",
@@ -346,7 +358,15 @@ pub fn normalize(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
         "bundle",
         "pid-file",
         "console-socket",
+        "pidfd-socket",
         "preserve-fds",
+        "additional-gids",
+        "apparmor",
+        "cap",
+        "cgroup",
+        "ignore-paused",
+        "no-new-privs",
+        "process-label",
         "no-pivot",
         "no-new-keyring",
         "no-subreaper",
@@ -363,7 +383,7 @@ pub fn normalize(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
         "quiet",
     ];
     // Flags whose value is the next argument, so that it is not taken for the container's id.
-    const VALUED: [&str; 12] = [
+    const VALUED: [&str; 20] = [
         "-p",
         "-e",
         "-u",
@@ -376,6 +396,14 @@ pub fn normalize(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
         "--user",
         "--pid-file",
         "--format",
+        "--additional-gids",
+        "--apparmor",
+        "--cap",
+        "--cgroup",
+        "--console-socket",
+        "--pidfd-socket",
+        "--preserve-fds",
+        "--process-label",
     ];
     let (mut verb, mut passed_on, mut is_value) = (None, false, true);
     args.map(|arg| {

@@ -50,6 +50,11 @@ impl Log {
         }
     }
 
+    /// The same where standard error is not this program's to write to.
+    pub fn note(&self, message: &str) {
+        self.record("warning", message);
+    }
+
     /// What is done, with the time since the command's start.
     pub fn debug(&self, message: &str) {
         if !self.debug {

@@ -2,8 +2,9 @@
 //!
 //! # Layout
 //! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] → [`store`].
-//! Intent into processes: [`monitor`] (the container's pid) → [`jail`], [`cgroup`] → [`vmm`] → [`krun`].
-//! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`console`].
+//! Intent into processes: [`monitor`] (the container's pid) → [`jail`], [`cgroup`] → [`vmm`] → [`krun`]; [`proxy`]
+//! (the pid of a detached `exec`).
+//! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`].
 //! [`commands`] strings them together, one file a verb. [`log`] is the one voice.
 
 mod bundle;
@@ -20,10 +21,12 @@ mod local;
 mod log;
 mod monitor;
 mod plan;
+mod proxy;
 mod relay;
 mod stdio;
 mod store;
 mod support;
+mod terminal;
 mod vmm;
 
 use std::ffi::OsStr;

@@ -32,7 +32,7 @@ use crate::guest::{self, Connection, NotReady};
 use crate::jail::{self, tree};
 use crate::log::sentence;
 use crate::plan::{Namespace, Plan};
-use crate::relay::{self, Vm, VmDied};
+use crate::relay::{self, Post, Vm, VmDied};
 use crate::store::VM_DIR;
 use crate::vmm;
 
@@ -139,6 +139,11 @@ impl Handle {
         self.channel.as_fd()
     }
 
+    /// A descriptor for the monitor.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
     /// The next report; a monitor that is gone without one has failed. [`Report::Vmm`] comes with the VMM's pid.
     pub fn report(&self) -> Result<(Report, Option<i32>)> {
         let mut buffer = vec![0u8; 64 << 10];
@@ -239,7 +244,8 @@ fn live(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, channel: OwnedF
         return 1;
     }
     drop(reporter);
-    match relay::run(connection, &stage.id, &stage.signals, Some(&mut stage.vm)) {
+    let post = Post { container: &stage.id, vm: Some(&mut stage.vm), is_job: false };
+    match relay::run(connection, &stage.signals, post) {
         Ok(status) => status.code(),
         Err(error) => {
             let _ = stage.last_message.write_all(guest::clean(&sentence(&error)).as_bytes());

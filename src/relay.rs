@@ -27,6 +27,16 @@ pub struct Vm {
     pub console: Console,
 }
 
+/// What a relay stands for.
+pub struct Post<'a> {
+    /// Container id.
+    pub container: &'a str,
+    /// The VM, for the one relay that holds it.
+    pub vm: Option<&'a mut Vm>,
+    /// Whether this process is a shell's job, to be stopped by its terminal instead of the guest's process.
+    pub is_job: bool,
+}
+
 /// Signals by which a caller gives up on what it waits for.
 pub const ENDING: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
@@ -40,9 +50,8 @@ pub fn take_signals() -> Result<SignalFd> {
 
 struct Relay<'a> {
     connection: Connection,
-    container: &'a str,
+    post: Post<'a>,
     pumps: Pumps,
-    vm: Option<&'a mut Vm>,
     /// The guest process's end, once it is known.
     exit: Option<ExitStatus>,
     /// Outputs with bytes yet to come or to be written.
@@ -54,18 +63,12 @@ struct Relay<'a> {
 }
 
 /// Relays until the guest process has ended and its output is written.
-pub fn run(
-    connection: Connection,
-    container: &str,
-    signals: &SignalFd,
-    vm: Option<&mut Vm>,
-) -> Result<ExitStatus> {
+pub fn run(connection: Connection, signals: &SignalFd, post: Post) -> Result<ExitStatus> {
     let pumps = Pumps::start()?;
     let mut relay = Relay {
         connection,
-        container,
+        post,
         pumps,
-        vm,
         exit: None,
         outputs: 2,
         outstanding: [0; 3],
@@ -80,7 +83,7 @@ pub fn run(
         }
         let ready = relay.wait(signals)?;
         if ready.console
-            && let Some(vm) = &mut relay.vm
+            && let Some(vm) = &mut relay.post.vm
         {
             vm.console.drain();
         }
@@ -117,7 +120,7 @@ impl Relay<'_> {
         if self.connected {
             fds.push(PollFd::new(self.connection.as_fd(), input(true)));
         }
-        if let Some(vm) = &self.vm {
+        if let Some(vm) = &self.post.vm {
             fds.push(PollFd::new(vm.console.as_fd(), input(true)));
             if !self.vm_ended {
                 fds.push(PollFd::new(vm.vmm.pidfd(), input(true)));
@@ -132,8 +135,8 @@ impl Relay<'_> {
         Ok(Ready {
             signals: next(true),
             guest: next(self.connected),
-            console: next(self.vm.is_some()),
-            vm: next(self.vm.is_some() && !self.vm_ended),
+            console: next(self.post.vm.is_some()),
+            vm: next(self.post.vm.is_some() && !self.vm_ended),
         })
     }
 
@@ -149,7 +152,7 @@ impl Relay<'_> {
 
     /// Nothing more will come from the guest.
     fn lost(&mut self) -> Result<()> {
-        if self.exit.is_none() && self.vm.is_none() {
+        if self.exit.is_none() && self.post.vm.is_none() {
             bail!("the VM ended before the process did");
         }
         self.end(Stream::Stdout);
@@ -195,7 +198,7 @@ impl Relay<'_> {
                 self.send(&Request::Acknowledge);
                 // Files were written through, nothing is left in the guest that must be kept: no need to wait for
                 // its orderly end.
-                if let Some(vm) = &self.vm {
+                if let Some(vm) = &self.post.vm {
                     vmm::kill(vm.vmm.pidfd());
                 }
             }
@@ -238,15 +241,15 @@ impl Relay<'_> {
             match self.exit {
                 Some(_) => give_up |= ENDING.contains(&signal),
                 // A reader left: its pump has noticed.
-                None if signal == libc::SIGPIPE => {}
+                None if signal == libc::SIGPIPE && info.ssi_pid == std::process::id() => {}
                 // The caller's terminal stops a foreground exec, not the process in the guest.
-                None if self.vm.is_none()
+                None if self.post.is_job
                     && [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal) =>
                 {
                     let _ = nix::sys::signal::raise(Signal::SIGSTOP);
                 }
                 None => {
-                    let container = self.container.to_string();
+                    let container = self.post.container.to_string();
                     self.send(&Request::Signal { container, signal, target: Target::Own });
                 }
             }
@@ -260,7 +263,7 @@ impl Relay<'_> {
         while self.connected {
             self.receive()?;
         }
-        let Some(vm) = &mut self.vm else { return Ok(()) };
+        let Some(vm) = &mut self.post.vm else { return Ok(()) };
         let death = vm.vmm.reap();
         if self.exit.is_some() {
             return Ok(());

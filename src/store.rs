@@ -333,9 +333,8 @@ impl Entry {
 
 /// Writes a file by rename.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
-    let mut name = path.file_name().context("a file name")?.to_os_string();
-    name.push(format!(".{}", std::process::id()));
-    let temporary = path.with_file_name(name);
+    // Not made of the name, which may be as long as names can be.
+    let temporary = path.with_file_name(format!(".a3s-box.{}", std::process::id()));
     let written = File::options()
         .create(true)
         .truncate(true)

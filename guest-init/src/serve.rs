@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 use a3s_box_proto::{
     self as proto, Frame, Greeting, Outcome, Process, Reply, Request, Stream, Target, unpack,
@@ -222,7 +223,7 @@ impl Server {
         match request {
             Request::Create(spec) => self.create(id, &spec),
             Request::Start { container } => self.start(id, &container),
-            Request::Exec { container, process } => self.exec(id, &container, &process),
+            Request::Exec { container, process, cgroup } => self.exec(id, &container, &process, &cgroup),
             Request::Signal { container, signal, target } => {
                 Some(self.signal(id, &container, signal, target))
             }
@@ -285,7 +286,7 @@ impl Server {
         None
     }
 
-    fn exec(&mut self, id: u64, name: &str, process: &Process) -> Option<Outcome> {
+    fn exec(&mut self, id: u64, name: &str, process: &Process, cgroup: &Path) -> Option<Outcome> {
         if self.is_owner(id) {
             return Some(Outcome::Busy { reason: "the connection owns a process already".into() });
         }
@@ -297,7 +298,7 @@ impl Server {
             }
             State::Created | State::Running => {}
         }
-        match container.exec(process) {
+        match container.exec(process, cgroup) {
             Ok(born) => {
                 let (pid, child) = Child::new(born, name, Role::Exec, id);
                 self.own(id, pid, child);

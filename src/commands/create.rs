@@ -14,7 +14,7 @@ use crate::cli;
 use crate::monitor::{self, Handle, Report};
 use crate::plan::{self, Plan};
 use crate::relay;
-use crate::store::{self, Entry, ProcessId, Record};
+use crate::store::{Entry, ProcessId, Record};
 
 /// The verb.
 pub fn create(context: &Context, args: &cli::Create) -> Result<i32> {
@@ -85,12 +85,10 @@ pub fn birth<'a>(context: &Context, args: &'a cli::Create, signals: Option<&Sign
     raise(context, &mut born, plan, signals)?;
     born.record.ready = true;
     born.save()?;
-    if let Some(path) = &args.engine.pid_file {
-        let pid = born.record.monitor.context("the monitor's pid")?.pid.to_string();
-        store::replace(path, pid.as_bytes(), 0o644)?;
-        born.pid_file = Some(path);
-    }
-    born.handle.as_ref().context("the monitor")?.acknowledge()?;
+    let handle = born.handle.as_ref().context("the monitor")?;
+    super::introduce(&args.engine, handle.pid, handle.pidfd())?;
+    born.pid_file = args.engine.pid_file.as_deref();
+    handle.acknowledge()?;
     context.log.debug("created");
     Ok(born)
 }
@@ -99,9 +97,7 @@ fn refuse_flags(context: &Context, args: &cli::Create) -> Result<()> {
     if args.engine.console_socket.is_some() {
         bail!("--console-socket: process.terminal is not supported");
     }
-    if args.engine.preserve_fds > 0 {
-        bail!("--preserve-fds {}: descriptors cannot cross into a VM", args.engine.preserve_fds);
-    }
+    super::refuse_descriptors(&args.engine)?;
     if context.cgroup_manager == cli::CgroupManager::Systemd {
         bail!("--systemd-cgroup: the systemd cgroup driver is not supported");
     }

@@ -1,15 +1,21 @@
-//! `exec`: a further process in a running container, with this process standing for it.
+//! `exec`: a further process in a running container, with this process or a proxy standing for it.
 
-use std::path::Path;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Component, Path, PathBuf};
 
-use a3s_box_proto::{self as proto, Outcome, Request};
+use a3s_box_proto::{self as proto, Request};
 use anyhow::{Context as _, Result, anyhow, bail};
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec, User};
+use serde_json::json;
 
 use super::{Context, start};
-use crate::guest::Connection;
+use crate::log::sentence;
+use crate::proxy::{self, Job};
+use crate::relay::Post;
 use crate::store::{Record, Status};
-use crate::{cli, guest, jail, plan, relay, support};
+use crate::{cli, jail, plan, relay, support, vmm};
 
 /// The verb.
 pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
@@ -23,48 +29,95 @@ pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
         Status::Paused => bail!("cannot exec in a paused container (use --ignore-paused to override)"),
         Status::Creating => bail!("cannot exec in a container that is still being created"),
     }
-    refuse_flags(args)?;
-    let process = process(args, &record)?;
+    super::refuse_descriptors(&args.engine)?;
+    if args.tty || args.engine.console_socket.is_some() {
+        bail!("--{}: not supported", if args.tty { "tty" } else { "console-socket" });
+    }
+    let process = Box::new(process(context, args, &record)?);
+    let cgroup = cgroup(args.cgroup.as_deref())?;
+    let request = Request::Exec { container: record.id.clone(), process, cgroup };
     let stream = start::dial(&context.store.path(&args.id)?, &record)?;
+    let job = Job { stream, request, container: &record.id };
+    if args.detach { detach(context, job, args, &record) } else { stay(context, job, args) }
+}
+
+/// Leaves a proxy that stands for the process.
+fn detach(context: &Context, job: Job, args: &cli::Exec, record: &Record) -> Result<i32> {
+    let proxy = proxy::spawn(job, &record.cgroup)?;
+    context.log.debug("process started");
+    super::introduce(&args.engine, proxy.pid, proxy.pidfd())?;
+    proxy.release();
+    Ok(0)
+}
+
+/// Stands for the process itself.
+fn stay(context: &Context, job: Job, args: &cli::Exec) -> Result<i32> {
+    let herald = Herald::send_for(&args.engine)?;
     let signals = relay::take_signals()?;
     jail::drop_privileges()?;
     jail::confine_relay(&[])?;
-    let mut connection = Connection::greet(stream, guest::ANSWER)?;
-    let request = Request::Exec { container: record.id.clone(), process: Box::new(process) };
-    match connection.call(&request, guest::ANSWER)? {
-        Outcome::Done => {}
-        Outcome::Failed { text } => {
-            bail!("exec failed: unable to start container process: {}", guest::clean(&text))
-        }
-        Outcome::AlreadyExited | Outcome::NotFound => bail!("cannot exec in a stopped container"),
-        other => bail!("exec failed: the guest answered {other:?}"),
-    }
+    let connection = proxy::begin(job.stream, &job.request)?;
+    herald.map_or(Ok(()), Herald::announce)?;
     context.log.debug("process started");
-    relay::run(connection, &record.id, &signals, None).map(|status| status.code())
+    let post = Post { container: job.container, vm: None, is_job: true };
+    relay::run(connection, &signals, post).map(|status| status.code())
 }
 
-fn refuse_flags(args: &cli::Exec) -> Result<()> {
-    for (flag, given) in [
-        ("--tty", args.tty),
-        ("--console-socket", args.engine.console_socket.is_some()),
-        ("--detach", args.detach),
-        ("--pid-file", args.engine.pid_file.is_some()),
-    ] {
-        if given {
-            bail!("{flag}: not supported");
+/// A child that keeps the privilege to write where the caller wants the pid, and hears one byte: that it is time.
+struct Herald {
+    channel: UnixStream,
+}
+
+impl Herald {
+    fn send_for(engine: &cli::Engine) -> Result<Option<Self>> {
+        if engine.pid_file.is_none() && engine.pidfd_socket.is_none() {
+            return Ok(None);
         }
+        let (channel, mut theirs) = UnixStream::pair().context("socketpair")?;
+        let pid = std::process::id() as i32;
+        let pidfd = vmm::pidfd_open(pid)?;
+        // SAFETY: this process has one thread.
+        if let nix::unistd::ForkResult::Parent { .. } = unsafe { nix::unistd::fork() }.context("fork")? {
+            return Ok(Some(Herald { channel }));
+        }
+        drop(channel);
+        let introduced = match theirs.read_exact(&mut [0u8; 1]) {
+            Ok(()) => super::introduce(engine, pid, pidfd.as_fd()),
+            Err(_) => Ok(()),
+        };
+        let words = introduced.map_or_else(|error| sentence(&error), |()| String::new());
+        let _ = theirs.write_all(words.as_bytes());
+        // SAFETY: _exit takes any status and does not return; no exit handler of the parent's may run here.
+        unsafe { libc::_exit(0) }
     }
-    if args.engine.preserve_fds > 0 {
-        bail!("--preserve-fds {}: descriptors cannot cross into a VM", args.engine.preserve_fds);
+
+    fn announce(mut self) -> Result<()> {
+        let mut words = String::new();
+        self.channel.write_all(b"n").and_then(|()| self.channel.read_to_string(&mut words)).context("pid")?;
+        let _ = nix::sys::wait::wait();
+        if words.is_empty() { Ok(()) } else { Err(anyhow!(words)) }
     }
-    Ok(())
+}
+
+/// cgroup v2's form of --cgroup: one path below the container's cgroup; `/` is that itself.
+fn cgroup(path: Option<&Path>) -> Result<PathBuf> {
+    let Some(path) = path else { return Ok(PathBuf::new()) };
+    let shown = path.display();
+    if path.to_string_lossy().contains(':') {
+        bail!("--cgroup {shown}: the guest has cgroup v2 alone, which takes a path without controllers");
+    }
+    let below = path.strip_prefix("/").unwrap_or(path);
+    if below.components().any(|part| !matches!(part, Component::Normal(_))) {
+        bail!("--cgroup {shown}: not below the container's cgroup");
+    }
+    Ok(below.to_path_buf())
 }
 
 /// The whole process: from `--process`, or the container's own with the flags' changes, as runc does.
-fn process(args: &cli::Exec, record: &Record) -> Result<proto::Process> {
+fn process(context: &Context, args: &cli::Exec, record: &Record) -> Result<proto::Process> {
     let process = match &args.process {
-        Some(path) => from_file(path)?,
-        None => from_config(args, record)?,
+        Some(path) => from_file(context, path)?,
+        None => from_config(context, args, record)?,
     };
     if process.terminal() == Some(true) {
         bail!("process.terminal true: not supported");
@@ -72,15 +125,18 @@ fn process(args: &cli::Exec, record: &Record) -> Result<proto::Process> {
     plan::process::plan(&process)
 }
 
-fn from_file(path: &Path) -> Result<Process> {
+fn from_file(context: &Context, path: &Path) -> Result<Process> {
     let text = std::fs::read(path).with_context(|| format!("open {}", path.display()))?;
     let shown = || format!("{} is not a process", path.display());
     let process: serde_json::Value = serde_json::from_slice(&text).with_context(shown)?;
-    support::check(&serde_json::json!({ "process": process }))?;
+    // Engines repeat what they have set for the container, whose `create` has warned; stderr is the process's here.
+    support::check(&serde_json::json!({ "process": process }))?
+        .iter()
+        .for_each(|line| context.log.note(line));
     serde_json::from_value(process).with_context(shown)
 }
 
-fn from_config(args: &cli::Exec, record: &Record) -> Result<Process> {
+fn from_config(context: &Context, args: &cli::Exec, record: &Record) -> Result<Process> {
     let path = record.bundle.join("config.json");
     let text = std::fs::read(&path).with_context(|| format!("open {}", path.display()))?;
     let spec: Spec = serde_json::from_slice(&text).with_context(|| format!("read {}", path.display()))?;
@@ -114,6 +170,8 @@ fn from_config(args: &cli::Exec, record: &Record) -> Result<Process> {
     if args.no_new_privs {
         process.set_no_new_privileges(Some(true));
     }
+    let labels = json!({ "apparmorProfile": args.apparmor, "selinuxLabel": args.process_label });
+    support::check(&json!({ "process": labels }))?.iter().for_each(|line| context.log.warn(line));
     Ok(process)
 }
 

@@ -15,11 +15,12 @@ mod start;
 mod state;
 
 use std::io::Write;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::cli::{CgroupManager, Cli, Command, Global};
+use crate::cli::{self, CgroupManager, Cli, Command, Global};
 use crate::log::{Log, sentence};
 use crate::store::Store;
 
@@ -92,6 +93,30 @@ fn root(global: &Global) -> PathBuf {
 fn cgroup_manager(global: &Global) -> CgroupManager {
     let by_flag = if global.systemd_cgroup { CgroupManager::Systemd } else { CgroupManager::Cgroupfs };
     global.cgroup_manager.unwrap_or(by_flag)
+}
+
+/// Descriptors that a caller wants passed on cannot be: by flag, or by systemd's protocol for socket activation.
+fn refuse_descriptors(engine: &cli::Engine) -> Result<()> {
+    if engine.preserve_fds > 0 {
+        bail!("--preserve-fds {}: descriptors cannot cross into a VM", engine.preserve_fds);
+    }
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok()).unwrap_or(0);
+    let (count, pid) = (number("LISTEN_FDS"), number("LISTEN_PID"));
+    if count > 0 && pid == std::process::id() {
+        bail!("LISTEN_FDS={count}: descriptors cannot cross into a VM");
+    }
+    Ok(())
+}
+
+/// Tells the caller which process stands for what it asked for: its pid in a file, a pidfd of it to a socket.
+fn introduce(engine: &cli::Engine, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
+    if let Some(path) = &engine.pidfd_socket {
+        crate::terminal::send(&crate::terminal::dial(path, "--pidfd-socket")?, pidfd, "pidfd")?;
+    }
+    match &engine.pid_file {
+        Some(path) => crate::store::replace(path, pid.to_string().as_bytes(), 0o644),
+        None => Ok(()),
+    }
 }
 
 /// Version, commit, spec and libraries, in runc's form.

@@ -226,8 +226,6 @@ fn refused_flags(bench: &mut Bench) -> Result<()> {
     let nowhere = bench.container.bundle.join("never").to_string_lossy().into_owned();
     for (flags, words) in [
         (vec!["--tty"], "--tty"),
-        (vec!["--detach"], "--detach"),
-        (vec!["--pid-file", &nowhere], "--pid-file"),
         (vec!["--console-socket", &nowhere], "--console-socket"),
         (vec!["--preserve-fds", "1"], "--preserve-fds"),
     ] {

@@ -6,6 +6,7 @@ mod bench;
 mod calling;
 mod chaos;
 mod death;
+mod detach;
 mod environment;
 mod exec;
 mod hostile;
@@ -24,13 +25,15 @@ use crate::cases::{At, Case, sharing};
 
 /// Every test, in the order they run.
 pub fn all() -> Vec<Case> {
-    let shared = [exec::SHARED, streams::SHARED, environment::SHARED, mounts::SHARED].concat();
+    let shared =
+        [exec::SHARED, detach::SHARED, streams::SHARED, environment::SHARED, mounts::SHARED].concat();
     let mut cases = vec![sharing(At::Both, bench::Bench::set_up, &shared)];
     cases.extend(
         [
             run::cases(),
             lifecycle::cases(),
             exec::cases(),
+            detach::cases(),
             streams::cases(),
             environment::cases(),
             mounts::cases(),

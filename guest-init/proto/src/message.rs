@@ -37,6 +37,8 @@ pub enum Request {
         container: String,
         /// The whole process; nothing is inherited from the container's own.
         process: Box<Process>,
+        /// The cgroup it joins, below the container's own; empty for that itself.
+        cgroup: PathBuf,
     },
     /// Send a signal.
     Signal {
@@ -314,7 +316,7 @@ mod tests {
         let id = || "c1".to_string();
         round_trip(Request::Create(Box::new(container())));
         round_trip(Request::Start { container: id() });
-        round_trip(Request::Exec { container: id(), process: Box::new(process()) });
+        round_trip(Request::Exec { container: id(), process: Box::new(process()), cgroup: "a/b".into() });
         round_trip(Request::Signal { container: id(), signal: 15, target: Target::All });
         round_trip(Request::Processes { container: id() });
         round_trip(Request::Acknowledge);

@@ -2,9 +2,9 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::unistd::Pid;
 
 use crate::boot::CGROUP_ROOT;
@@ -35,6 +35,23 @@ impl Cgroup {
         File::options().write(true).open(procs).context("open the container's cgroup in the guest")
     }
 
+    /// Doors for a further process: the cgroup `below` this one. Where that is this one itself, also the first
+    /// process's, since a cgroup whose children have controllers of their own takes no process.
+    pub fn doors(&self, below: &Path, init: Pid) -> Result<Vec<File>> {
+        if below.as_os_str().is_empty() {
+            let lines = fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap_or_default();
+            let of_init = lines.trim_end().strip_prefix("0::/").map(|path| Path::new(CGROUP_ROOT).join(path));
+            let procs = |dir: PathBuf| File::options().write(true).open(dir.join("cgroup.procs")).ok();
+            return Ok([self.door()?].into_iter().chain(of_init.and_then(procs)).collect());
+        }
+        if below.components().any(|part| !matches!(part, Component::Normal(_))) {
+            bail!("cgroup {}: not below the container's own", below.display());
+        }
+        let procs = self.path.join(below).join("cgroup.procs");
+        let door = File::options().write(true).open(procs);
+        Ok(vec![door.with_context(|| format!("cgroup {} in the container", below.display()))?])
+    }
+
     /// The processes in it and below it, as pid 1 of the VM numbers them.
     pub fn pids(&self) -> Vec<Pid> {
         let mut pids = Vec::new();
@@ -57,9 +74,16 @@ impl Cgroup {
     }
 }
 
-/// Moves the calling process into the cgroup that the descriptor belongs to.
-pub fn join(mut door: &File) -> Result<()> {
-    door.write_all(b"0").context("join the container's cgroup in the guest")
+/// Moves the calling process into the first of these cgroups that takes it.
+pub fn join(doors: &[File]) -> Result<()> {
+    let mut result = Ok(());
+    for mut door in doors {
+        result = door.write_all(b"0");
+        if result.is_ok() {
+            break;
+        }
+    }
+    result.context("join the container's cgroup in the guest")
 }
 
 fn children(dir: &PathBuf) -> Vec<PathBuf> {

@@ -7,6 +7,7 @@ mod limits;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use a3s_box_proto::{self as proto, Process, ProcessInfo};
 use anyhow::{Context, Result, bail};
@@ -88,7 +89,7 @@ pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
 }
 
 fn build(spec: &proto::Container, cgroup: &Cgroup) -> Result<()> {
-    limits::join(&cgroup.door()?)?;
+    limits::join(&[cgroup.door()?])?;
     // After joining, so that the container's cgroup is the root that it sees.
     unshare(CloneFlags::CLONE_NEWCGROUP).context("cgroup namespace")?;
     crate::boot::loopback_up().context("bring lo up")?;
@@ -110,7 +111,7 @@ impl Container {
     }
 
     /// Clones a further process into the container.
-    pub fn exec(&self, process: &Process) -> Result<Born> {
+    pub fn exec(&self, process: &Process, cgroup: &Path) -> Result<Born> {
         let (stdio, ends) = stdio::pipes()?;
         let (status, child_status) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
         let (pid_in, pid_out) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
@@ -119,11 +120,11 @@ impl Container {
             // It stays out of the container's cgroup, where a freezer could hold it and pid 1 with it.
             let error = match self
                 .cgroup
-                .door()
-                .and_then(|door| Ok((door, self.enter()?, fork(libc::CLONE_PARENT)?)))
+                .doors(cgroup, self.init)
+                .and_then(|doors| Ok((doors, self.enter()?, fork(libc::CLONE_PARENT)?)))
             {
-                Ok((door, (), Side::Child)) => {
-                    let joined = limits::join(&door);
+                Ok((doors, (), Side::Child)) => {
+                    let joined = limits::join(&doors);
                     let story = arrange(ends, Pipes { status: child_status, gate: None });
                     match joined {
                         Ok(()) => become_workload(process, story, false),
