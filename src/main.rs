@@ -2,8 +2,8 @@
 //!
 //! # Layout
 //! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] → [`store`].
-//! Intent into processes: [`monitor`] (the container's pid) → [`jail`], [`cgroup`] → [`vmm`] → [`krun`]; [`proxy`]
-//! (the pid of a detached `exec`).
+//! Intent into processes: [`monitor`] (the container's pid) → [`hooks`], [`jail`], [`cgroup`] → [`vmm`] →
+//! [`krun`]; [`proxy`] (the pid of a detached `exec`).
 //! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`].
 //! [`commands`] strings them together, one file a verb. [`log`] is the one voice.
 
@@ -13,6 +13,7 @@ mod cli;
 mod commands;
 mod console;
 mod guest;
+mod hooks;
 mod jail;
 #[cfg(not(feature = "local-guest"))]
 mod krun;

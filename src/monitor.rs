@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use a3s_box_proto::{LISTENING, Outcome, Request};
+use a3s_box_proto::{Hook, LISTENING, Outcome, Request};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -25,10 +25,12 @@ use nix::sys::socket::{
     socketpair,
 };
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::cgroup::Cgroup;
 use crate::console::Console;
 use crate::guest::{self, Connection, NotReady};
+use crate::hooks;
 use crate::jail::{self, tree};
 use crate::log::sentence;
 use crate::plan::{Namespace, Plan};
@@ -36,8 +38,9 @@ use crate::relay::{self, Post, Vm, VmDied};
 use crate::store::VM_DIR;
 use crate::vmm;
 
-/// The file in the container's directory that holds the monitor's last message.
-pub const LAST_MESSAGE: &str = "last-message";
+/// The file in the container's directory that holds the monitor's last message: an [`End`], or nothing where the
+/// monitor was killed.
+const LAST_MESSAGE: &str = "last-message";
 /// How long a guest may take from the VMM's start to its greeting.
 const BOOT: Duration = Duration::from_secs(60);
 /// How long the guest may take to build a container.
@@ -50,12 +53,28 @@ const RETRY: Duration = Duration::from_millis(250);
 pub enum Report {
     /// The VMM is there; its pidfd comes along.
     Vmm,
+    /// Namespaces, cgroup and tree are there, and nothing runs yet: hooks are due. An acknowledgement lets it go on.
+    Environment,
     /// A stage of the boot was reached.
     Phase(String),
     /// The container is created.
     Ready,
     /// It is not, and the monitor ends.
     Failed(String),
+}
+
+/// How a monitor came to its own end.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    /// Its process ended.
+    Regular,
+    /// Something else did.
+    Failed(String),
+}
+
+/// The last message of the monitor whose container's directory this is.
+pub fn end(dir: &Path) -> Option<End> {
+    serde_json::from_slice(&std::fs::read(dir.join(LAST_MESSAGE)).ok()?).ok()
 }
 
 /// `create`'s end.
@@ -168,7 +187,7 @@ impl Handle {
         Ok((serde_json::from_slice(&buffer[..n]).context("the monitor's report")?, pid))
     }
 
-    /// Tells the monitor that its report [`Report::Ready`] was noted.
+    /// Tells the monitor that its report [`Report::Environment`] or [`Report::Ready`] was acted on.
     pub fn acknowledge(&self) -> Result<()> {
         nix::sys::socket::send(self.channel.as_raw_fd(), b"n", MsgFlags::MSG_NOSIGNAL)
             .context("tell the monitor")?;
@@ -214,7 +233,7 @@ impl Reporter {
         let _ = sendmsg::<()>(self.0.as_raw_fd(), &slices, control, MsgFlags::MSG_NOSIGNAL, None);
     }
 
-    /// Waits until the caller has noted that the container is there; one that ends before leaves nobody to start it.
+    /// Waits until the caller has acted on a report; one that ends before leaves nobody to start the container.
     fn is_acknowledged(&self) -> bool {
         let mut byte = [0u8; 1];
         matches!(nix::sys::socket::recv(self.0.as_raw_fd(), &mut byte, MsgFlags::empty()), Ok(1))
@@ -246,9 +265,12 @@ fn live(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, channel: OwnedF
     drop(reporter);
     let post = Post { container: &stage.id, vm: Some(&mut stage.vm), is_job: false };
     match relay::run(connection, &stage.signals, post) {
-        Ok(status) => status.code(),
+        Ok(status) => {
+            stage.leave_word(&End::Regular);
+            status.code()
+        }
         Err(error) => {
-            let _ = stage.last_message.write_all(guest::clean(&sentence(&error)).as_bytes());
+            stage.leave_word(&End::Failed(guest::clean(&sentence(&error))));
             error.downcast_ref::<VmDied>().map_or(255, |died| died.status)
         }
     }
@@ -277,14 +299,20 @@ fn prepare(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, reporter: &R
     let console = Console::create(&vm_dir)?;
     let vmm = vmm::spawn(&plan.vm, &vm_dir, dir)?;
     reporter.send(&Report::Vmm, Some(vmm.pidfd()));
+    let (rootfs, hooked) = (plan.tree.rootfs.clone(), plan.hooks.any_at_create());
     let sources = tree::open(plan.tree)?;
     let exports = sources.exports()?;
+    let last_message = open_last_message(dir)?;
+    let place = open(&vm_dir)?;
+    // Hooks look for the container's tree at root.path, and may change what is in it.
+    let view = sources.assemble(&open(if hooked { &rootfs } else { dir })?)?;
+    if hooked {
+        run_hooks(&plan.hooks.create_container, &plan.guest.state, &rootfs, reporter)?;
+    }
     vmm.boot(&exports)?;
     drop(exports);
     reporter.phase("tree handed to the VMM");
-    let last_message = open_last_message(dir)?;
-    let place = open(&vm_dir)?;
-    sources.enter(&open(dir)?)?;
+    view.enter()?;
     // Sockets of the VM are reached from here, whatever the root is now.
     nix::unistd::fchdir(&place).context("enter the VM's directory")?;
     let signals = relay::take_signals()?;
@@ -293,6 +321,16 @@ fn prepare(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, reporter: &R
     let id = plan.guest.id.clone();
     let request = Request::Create(Box::new(plan.guest));
     Ok(Stage { id, vm: Vm { vmm, console }, signals, last_message, request })
+}
+
+/// `prestart` and `createRuntime` hooks by the caller, then `createContainer` hooks: this process's root is the host's
+/// still, its namespaces are the container's.
+fn run_hooks(list: &[Hook], state: &Value, rootfs: &Path, reporter: &Reporter) -> Result<()> {
+    reporter.send(&Report::Environment, None);
+    if !reporter.is_acknowledged() {
+        bail!("create was given up");
+    }
+    hooks::in_container(list, state, rootfs, reporter.0.as_fd())
 }
 
 fn open(path: &Path) -> Result<OwnedFd> {
@@ -316,6 +354,13 @@ fn dial() -> Result<Connection> {
 }
 
 impl Stage {
+    fn leave_word(&mut self, end: &End) {
+        // Who reads it takes nothing for a death by a signal, which is the worst that this can mean.
+        if let Ok(bytes) = serde_json::to_vec(end) {
+            let _ = self.last_message.write_all(&bytes);
+        }
+    }
+
     /// Has the guest create the container. The connection owns it.
     fn create(&mut self, reporter: &Reporter) -> Result<Connection> {
         let mut connection = self.connect(reporter)?;

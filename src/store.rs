@@ -18,6 +18,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
+use crate::plan::Hooks;
 use crate::vmm;
 
 const STATE: &str = "state.json";
@@ -50,6 +51,9 @@ pub struct Record {
     pub started: bool,
     /// Its host cgroup.
     pub cgroup: Cgroup,
+    /// Its hooks: config.json may be another by the time they run.
+    #[serde(default)]
+    pub hooks: Hooks,
     /// User that owns it.
     pub owner: u32,
 }

@@ -12,12 +12,14 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
-use a3s_box_proto::Process;
+use a3s_box_hook::{Setting, Watch};
+use a3s_box_proto::{Hook, Process};
 use anyhow::{Context, Result, anyhow, bail};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 use nix::sys::signal::SigSet;
 use nix::unistd::{Gid, Pid, Uid};
+use serde_json::Value;
 
 use crate::stdio::Ends;
 
@@ -90,9 +92,10 @@ pub fn arrange(ends: Ends, pipes: Pipes) -> Story {
     Story(unsafe { File::from_raw_fd(STATUS) })
 }
 
-/// Becomes the workload, or tells why not. With `gated`, waits for the start byte just before execve.
-pub fn become_workload(process: &Process, mut story: Story, gated: bool) -> ! {
-    let error = match prepare(process).and_then(|command| wait_gate(command, &mut story, gated)) {
+/// Becomes the workload, or tells why not. With `start`, waits for the start byte just before execve, and then runs
+/// these hooks with this state.
+pub fn become_workload(process: &Process, mut story: Story, start: Option<(&[Hook], &Value)>) -> ! {
+    let error = match prepare(process).and_then(|command| wait_gate(command, &mut story, start)) {
         Ok(command) => match command.run() {
             Ok(never) => match never {},
             Err(error) => error,
@@ -102,8 +105,8 @@ pub fn become_workload(process: &Process, mut story: Story, gated: bool) -> ! {
     story.fail(&error)
 }
 
-fn wait_gate(command: Command, story: &mut Story, gated: bool) -> Result<Command> {
-    if gated {
+fn wait_gate(command: Command, story: &mut Story, start: Option<(&[Hook], &Value)>) -> Result<Command> {
+    if let Some((hooks, state)) = start {
         story.0.write_all(b"R").context("report")?;
         // SAFETY: `arrange` put the gate there, and nothing else owns that number.
         let mut gate = unsafe { File::from_raw_fd(GATE) };
@@ -111,8 +114,20 @@ fn wait_gate(command: Command, story: &mut Story, gated: bool) -> Result<Command
         if gate.read(&mut byte).context("wait for start")? == 0 {
             leave(1);
         }
+        run_hooks(hooks, state, &command.env)?;
     }
     Ok(command)
+}
+
+/// `startContainer` hooks, which are the container's own programs and have its user's rights.
+fn run_hooks(hooks: &[Hook], state: &Value, env: &[CString]) -> Result<()> {
+    let mut state = state.clone();
+    state["status"] = "created".into();
+    state["pid"] = std::process::id().into();
+    let state = state.to_string();
+    let env: Vec<String> = env.iter().map(|entry| entry.to_string_lossy().into_owned()).collect();
+    let setting = Setting { state: &state, dir: None, env: Some(&env), watch: &Watch::default() };
+    hooks.iter().enumerate().try_for_each(|(n, hook)| a3s_box_hook::run("startContainer", n, hook, setting))
 }
 
 struct Command {

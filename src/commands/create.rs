@@ -11,8 +11,9 @@ use super::Context;
 use crate::bundle::{self, Bundle};
 use crate::cgroup::Cgroup;
 use crate::cli;
+use crate::hooks;
 use crate::monitor::{self, Handle, Report};
-use crate::plan::{self, Plan};
+use crate::plan::{self, Hooks, Plan};
 use crate::relay;
 use crate::store::{Entry, ProcessId, Record};
 
@@ -22,8 +23,9 @@ pub fn create(context: &Context, args: &cli::Create) -> Result<i32> {
     Ok(0)
 }
 
-/// A created container, undone when dropped: its VM, cgroup, pid file and directory.
+/// A created container, undone when dropped: its VM, cgroup, pid file and directory; then its `poststop` hooks run.
 pub struct Born<'a> {
+    context: &'a Context,
     record: Record,
     handle: Option<Handle>,
     pid_file: Option<&'a Path>,
@@ -62,11 +64,16 @@ impl Drop for Born<'_> {
         }
         // What is left is a directory without processes: `delete --force` takes it.
         let _ = entry.remove();
+        hooks::poststop(&self.record, &self.context.log);
     }
 }
 
 /// Creates a container. With `signals`, one that would end the caller ends the attempt.
-pub fn birth<'a>(context: &Context, args: &'a cli::Create, signals: Option<&SignalFd>) -> Result<Born<'a>> {
+pub fn birth<'a>(
+    context: &'a Context,
+    args: &'a cli::Create,
+    signals: Option<&SignalFd>,
+) -> Result<Born<'a>> {
     refuse_flags(context, args)?;
     context.store.path(&args.id)?;
     let bundle = bundle::open(&args.bundle)?;
@@ -76,8 +83,8 @@ pub fn birth<'a>(context: &Context, args: &'a cli::Create, signals: Option<&Sign
     crate::vmm::usable()?;
     context.log.debug(&format!("planned: {} vCPUs, {} MiB", plan.vm.vcpus, plan.vm.memory_mib));
     let entry = context.store.create(&args.id)?;
-    let record = record(&args.id, &bundle, Cgroup::default());
-    let mut born = Born { record, handle: None, pid_file: None, entry: Some(entry) };
+    let record = record(&args.id, &bundle, plan.hooks.clone());
+    let mut born = Born { context, record, handle: None, pid_file: None, entry: Some(entry) };
     if context.cgroup_manager != cli::CgroupManager::Disabled {
         born.record.cgroup = Cgroup::plan(&plan.cgroup)?;
     }
@@ -104,7 +111,7 @@ fn refuse_flags(context: &Context, args: &cli::Create) -> Result<()> {
     Ok(())
 }
 
-fn record(id: &str, bundle: &Bundle, cgroup: Cgroup) -> Record {
+fn record(id: &str, bundle: &Bundle, hooks: Hooks) -> Record {
     Record {
         id: id.to_string(),
         oci_version: bundle.spec.version().clone(),
@@ -116,7 +123,8 @@ fn record(id: &str, bundle: &Bundle, cgroup: Cgroup) -> Record {
         vm: None,
         ready: false,
         started: false,
-        cgroup,
+        cgroup: Cgroup::default(),
+        hooks,
         owner: nix::unistd::geteuid().as_raw(),
     }
 }
@@ -138,6 +146,11 @@ fn raise(context: &Context, born: &mut Born, plan: Plan, signals: Option<&Signal
                 context.log.debug("VMM started");
                 born.record.vm = pid.and_then(ProcessId::of);
                 entry.save(&born.record)?;
+            }
+            (Report::Environment, _) => {
+                context.log.debug("environment set up");
+                hooks::at_create(&born.record, handle.pidfd(), signals)?;
+                handle.acknowledge()?;
             }
             (Report::Phase(text), _) => context.log.debug(&text),
             (Report::Ready, _) => return Ok(()),

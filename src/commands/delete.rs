@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 
 use super::Context;
 use crate::cli;
+use crate::hooks;
 use crate::store::{Entry, Error, Record, Status};
 use crate::vmm;
 
@@ -15,11 +16,11 @@ const GONE: Duration = Duration::from_secs(3);
 
 /// The verb.
 pub fn delete(context: &Context, args: &cli::Delete) -> Result<i32> {
-    if args.force
-        && let Ok(record) = context.store.read(&args.id)
-    {
-        // Before the lock, which a `create` holds for as long as its guest boots.
-        kill(&record)?;
+    // Before the lock, which a `create` holds for as long as its hooks run and its guest boots.
+    match context.store.read(&args.id) {
+        Ok(record) if args.force => kill(&record)?,
+        Ok(record) => deletable(&record)?,
+        Err(_) => {}
     }
     let entry = match context.store.open(&args.id) {
         Err(error) if args.force && matches!(error.downcast_ref(), Some(Error::NotFound)) => return Ok(0),
@@ -38,25 +39,33 @@ pub fn delete(context: &Context, args: &cli::Delete) -> Result<i32> {
         }
         Err(error) => return Err(error),
     };
-    match record.status() {
-        Status::Stopped | Status::Created => {}
-        _ if args.force => {}
-        status => bail!("cannot delete container {} that is not stopped: {status}", args.id),
+    if !args.force {
+        deletable(&record)?;
     }
-    remove(entry, &record)?;
+    remove(context, entry, &record)?;
     Ok(0)
 }
 
-/// Ends what still runs and removes every trace.
-pub fn remove(entry: Entry, record: &Record) -> Result<()> {
+/// Without force, what runs stays.
+fn deletable(record: &Record) -> Result<()> {
+    match record.status() {
+        Status::Stopped | Status::Created => Ok(()),
+        status => bail!("cannot delete container {} that is not stopped: {status}", record.id),
+    }
+}
+
+/// Ends what still runs, removes every trace, and runs the `poststop` hooks.
+pub fn remove(context: &Context, entry: Entry, record: &Record) -> Result<()> {
     kill(record)?;
     record.cgroup.kill();
     record.cgroup.remove();
-    entry.remove()
+    entry.remove()?;
+    hooks::poststop(record, &context.log);
+    Ok(())
 }
 
 /// Ends the monitor, and its VM with it.
-fn kill(record: &Record) -> Result<()> {
+pub fn kill(record: &Record) -> Result<()> {
     let Some(monitor) = record.monitor else { return Ok(()) };
     let Ok(pidfd) = vmm::pidfd_open(monitor.pid) else { return Ok(()) };
     // Looked at behind the descriptor: the number may have become another process's.

@@ -9,7 +9,7 @@ use nix::sys::signalfd::SignalFd;
 use super::{Context, create, delete, start};
 use crate::cli;
 use crate::log::sentence;
-use crate::monitor::{Handle, LAST_MESSAGE};
+use crate::monitor::{self, End, Handle};
 use crate::relay;
 use crate::vmm;
 
@@ -18,6 +18,14 @@ pub fn run(context: &Context, args: &cli::Run) -> Result<i32> {
     let signals = relay::take_signals()?;
     let born = create::birth(context, &args.create, Some(&signals))?;
     let (mut record, handle) = born.start(start::release)?;
+    if let Err(error) = start::poststart(&record) {
+        // Nobody else knows of it.
+        let _ = handle.wait();
+        if let Ok(entry) = context.store.open(&record.id) {
+            delete::remove(context, entry, &record)?;
+        }
+        return Err(error);
+    }
     context.log.debug("started");
     if args.detach {
         return Ok(0);
@@ -26,13 +34,12 @@ pub fn run(context: &Context, args: &cli::Run) -> Result<i32> {
     context.log.debug("ended");
     // Somebody else may have deleted it meanwhile.
     let Ok(entry) = context.store.open(&record.id) else { return Ok(status) };
-    let message = std::fs::read_to_string(entry.dir().join(LAST_MESSAGE)).unwrap_or_default();
-    if !message.is_empty() {
+    if let Some(End::Failed(message)) = monitor::end(entry.dir()) {
         context.log.error(&message);
     }
     if !args.keep {
         record.monitor = None;
-        if let Err(error) = delete::remove(entry, &record) {
+        if let Err(error) = delete::remove(context, entry, &record) {
             // The workload's status is what the caller came for.
             context.log.warn(&sentence(&error));
         }

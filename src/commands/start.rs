@@ -8,7 +8,8 @@ use anyhow::{Result, bail};
 
 use super::Context;
 use crate::guest::{self, Connection};
-use crate::monitor::LAST_MESSAGE;
+use crate::hooks;
+use crate::monitor::{self, End};
 use crate::store::{Entry, Record, Status, VM_DIR};
 use a3s_box_proto::{Outcome, Request};
 
@@ -17,24 +18,42 @@ pub const ENDING: Duration = Duration::from_secs(2);
 
 /// The verb.
 pub fn start(context: &Context, id: &str) -> Result<i32> {
+    // Before the lock, which a `create` holds until its hooks have run.
+    startable(&context.store.read(id)?)?;
     let entry = context.store.open(id)?;
     let mut record = entry.read()?;
     release(&entry, &mut record)?;
+    // Unlocked: a hook may act on the container.
+    drop(entry);
+    poststart(&record)?;
     context.log.debug("started");
     Ok(0)
 }
 
-/// Has the guest start the process, and notes that it did.
-pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
+/// Runs the `poststart` hooks. If one fails, the container is ended.
+pub fn poststart(record: &Record) -> Result<()> {
+    hooks::poststart(record).inspect_err(|_| {
+        // That a hook failed is told; a container that cannot be killed is what `delete` tells.
+        let _ = super::delete::kill(record);
+    })
+}
+
+/// Only what is created can be started.
+fn startable(record: &Record) -> Result<()> {
     match record.status() {
-        Status::Created => {}
+        Status::Created => Ok(()),
         Status::Running => bail!("cannot start an already running container"),
         Status::Stopped => bail!("cannot start a container that has stopped"),
         Status::Paused => bail!("cannot start a paused container"),
         Status::Creating => bail!("cannot start a container that is still being created"),
     }
+}
+
+/// Has the guest start the process, and notes that it did.
+pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
+    startable(record)?;
     let mut connection = connect(entry.dir(), record, guest::ANSWER)?;
-    let answer = connection.call(&Request::Start { container: record.id.clone() }, guest::ANSWER);
+    let answer = connection.call(&Request::Start { container: record.id.clone() }, patience(record));
     match answer.or_else(|error| if ended(entry, record) { Ok(Outcome::Done) } else { Err(error) })? {
         Outcome::Done => {}
         Outcome::Failed { text } => bail!("unable to start container process: {}", guest::clean(&text)),
@@ -46,10 +65,19 @@ pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
     entry.save(record)
 }
 
+/// How long the guest may take to start the process: `startContainer` hooks come first. One without a timeout may take
+/// for ever; the VM's end ends the wait.
+fn patience(record: &Record) -> Duration {
+    const FOR_EVER: u64 = u32::MAX as u64;
+    let hooks = record.hooks.start_container.iter();
+    hooks.fold(guest::ANSWER, |sum, hook| {
+        sum.saturating_add(Duration::from_secs(hook.timeout.unwrap_or(FOR_EVER).min(FOR_EVER)))
+    })
+}
+
 /// Whether the container came to its own end. A short workload's VM may be gone before its guest's answer is through.
 fn ended(entry: &Entry, record: &Record) -> bool {
-    let message = std::fs::read(entry.dir().join(LAST_MESSAGE)).unwrap_or_default();
-    record.ends_within(ENDING) && message.is_empty()
+    record.ends_within(ENDING) && monitor::end(entry.dir()) == Some(End::Regular)
 }
 
 /// Connects to the guest that a container lives in, which has `wait` to greet.

@@ -97,10 +97,9 @@ impl Sources {
             .try_for_each(|(place, _)| make_place(&root, place, Kind::Directory, &mut covered))
     }
 
-    /// Makes the calling process's root the container as an engine expects it: every bind at its destination, procfs
-    /// of the process's own pid namespace at /proc. `anchor` is a directory to build on; its mount namespace must be
-    /// the process's own.
-    pub fn enter(self, anchor: &OwnedFd) -> Result<()> {
+    /// Builds the container as an engine expects it: every bind at its destination, procfs of the process's own pid
+    /// namespace at /proc. `anchor` is a directory to build on; its mount namespace must be the process's own.
+    pub fn assemble(self, anchor: &OwnedFd) -> Result<View> {
         let mount = clone_tree(&self.rootfs, true).context("root.path")?;
         attach(&mount, anchor).context("attach the root file system")?;
         nix::unistd::fchdir(&mount).context("enter the root file system")?;
@@ -114,11 +113,25 @@ impl Sources {
             attach(self.bind_mount(bind, source)?, place).with_context(shown)?;
         }
         add_places(&root, &self.tree.places[done..])?;
+        Ok(View { root: mount, readonly: self.tree.readonly })
+    }
+}
+
+/// The container as an engine expects it, assembled somewhere in the host's tree.
+pub struct View {
+    root: OwnedFd,
+    readonly: bool,
+}
+
+impl View {
+    /// Makes it the calling process's root.
+    pub fn enter(self) -> Result<()> {
+        nix::unistd::fchdir(&self.root).context("enter the root file system")?;
         nix::unistd::pivot_root(".", ".").context("pivot_root")?;
         umount2(".", MntFlags::MNT_DETACH).context("detach the host's root")?;
         std::env::set_current_dir("/").context("enter the new root")?;
         let root = open_path(Path::new("/")).map_err(|e| anyhow!("open the new root: {}", errno_words(e)))?;
-        set_attributes(root, read_only(self.tree.readonly), false)
+        set_attributes(root, read_only(self.readonly), false)
     }
 }
 

@@ -3,6 +3,7 @@
 //! In: the bundle and its annotations. Out: a [`Plan`]: the VM's size, the tree the host assembles, the container
 //! the guest builds. Touches no file, no process, no clock.
 
+pub mod hooks;
 pub mod mounts;
 pub mod process;
 pub mod vm;
@@ -15,6 +16,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::cgroup::OWN_PARENT;
 
+pub use hooks::Hooks;
 pub use mounts::{Bind, Tree};
 pub use vm::Vm;
 
@@ -31,6 +33,8 @@ pub struct Plan {
     pub cgroup: PathBuf,
     /// What the guest builds.
     pub guest: proto::Container,
+    /// Programs to run along the container's life.
+    pub hooks: Hooks,
 }
 
 /// A host namespace of the monitor's.
@@ -63,6 +67,8 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
     let linux = spec.linux().as_ref();
     let process =
         spec.process().as_ref().context("process: config.json has none, there is nothing to run")?;
+    let hooks = hooks::plan(spec)?;
+    let annotations = spec.annotations().clone().unwrap_or_default();
     let guest = proto::Container {
         id: id.to_string(),
         rootfs: mounts::exported_rootfs(),
@@ -74,9 +80,11 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
         masked_paths: paths(linux.and_then(|linux| linux.masked_paths().as_ref())),
         readonly_paths: paths(linux.and_then(|linux| linux.readonly_paths().as_ref())),
         process: process::plan(process)?,
+        hooks: hooks.start_container.clone(),
+        state: hooks::state(spec.version(), id, bundle, &annotations),
     };
     let cgroup = cgroup_path(id, linux.and_then(|linux| linux.cgroups_path().as_deref()))?;
-    Ok(Plan { vm: vm::plan(spec)?, tree, namespaces, cgroup, guest })
+    Ok(Plan { vm: vm::plan(spec)?, tree, namespaces, cgroup, guest, hooks })
 }
 
 fn paths(list: Option<&Vec<String>>) -> Vec<PathBuf> {

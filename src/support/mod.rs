@@ -145,7 +145,6 @@ mod tests {
     #[test]
     fn a_set_field_that_is_not_supported_is_named_with_its_value() {
         for (config, words) in [
-            (json!({"hooks": {"prestart": [{"path": "/x"}]}}), "hooks"),
             (json!({"linux": {"sysctl": {"net.a": "1"}}}), "linux.sysctl {\"net.a\":\"1\"}"),
             (
                 json!({"linux": {"resources": {"memory": {"limit": 5, "swap": 9}}}}),
@@ -205,7 +204,7 @@ mod tests {
     #[test]
     fn empty_means_absent_and_unknown_is_none_of_our_business() {
         let config = json!({
-            "hooks": {"prestart": []}, "process": {"terminal": false, "args": ["a"]}, "x-vendor": {"a": 1},
+            "process": {"terminal": false, "args": ["a"]}, "x-vendor": {"a": 1},
             "linux": {"seccomp": null, "sysctl": {}, "resources": {"devices": [{"allow": false, "access": "rwm"}]}}
         });
         assert_eq!(check(&config), Ok(vec![]));

@@ -71,11 +71,15 @@ pub const CONFIGS: &[Bad] = &[
         &["memory.limit", "-5"],
     ),
     bad("bad-input/a-terminal", |c| c.set("/process/terminal", json!(true)), &["process.terminal"]),
-    bad("bad-input/hooks", |c| c.set("/hooks/prestart", json!([{ "path": "/bin/true" }])), &["hooks"]),
     bad(
-        "bad-input/poststop-hooks",
-        |c| c.set("/hooks/poststop", json!([{ "path": "/bin/true" }])),
-        &["hooks"],
+        "bad-input/a-relative-hook",
+        |c| c.set("/hooks/prestart", json!([{ "path": "true" }])),
+        &["hooks.prestart[0].path", "true"],
+    ),
+    bad(
+        "bad-input/a-hook-without-time",
+        |c| c.set("/hooks/poststop", json!([{ "path": "/bin/true", "timeout": 0 }])),
+        &["hooks.poststop[0].timeout", "0"],
     ),
     bad(
         "bad-input/seccomp",

@@ -9,6 +9,7 @@ mod death;
 mod detach;
 mod environment;
 mod exec;
+mod hooks;
 mod hostile;
 mod identity;
 mod kill;
@@ -32,6 +33,7 @@ pub fn all() -> Vec<Case> {
         [
             run::cases(),
             lifecycle::cases(),
+            hooks::cases(),
             exec::cases(),
             detach::cases(),
             streams::cases(),

@@ -93,6 +93,24 @@ pub struct Container {
     pub readonly_paths: Vec<PathBuf>,
     /// The container's first process.
     pub process: Process,
+    /// `startContainer` hooks: run before the first process's program, by that process, as its user.
+    pub hooks: Vec<Hook>,
+    /// The container's state for them, but for the pid.
+    pub state: serde_json::Value,
+}
+
+/// A hook: a program run at a point of the container's life.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hook {
+    /// Absolute path of the program.
+    pub path: PathBuf,
+    /// All its arguments, the name it is called by included; none means that its path is its name.
+    pub args: Vec<String>,
+    /// `NAME=VALUE`, all of its environment; without it, that of whoever runs it.
+    pub env: Option<Vec<String>>,
+    /// Seconds that it may take, if there is a limit.
+    pub timeout: Option<u64>,
 }
 
 /// A process as the guest starts it: config.json's, checked and in the kernel's own terms.
@@ -303,6 +321,8 @@ mod tests {
             masked_paths: vec!["/proc/kcore".into()],
             readonly_paths: vec![],
             process: process(),
+            hooks: vec![Hook { path: "/bin/hook".into(), env: Some(vec![]), ..Hook::default() }],
+            state: serde_json::json!({ "id": "c1", "annotations": { "a": "b" } }),
         }
     }
 

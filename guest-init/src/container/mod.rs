@@ -72,7 +72,7 @@ pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
         Side::Child => {
             let story = arrange(ends, Pipes { status: child_status, gate: Some(child_gate) });
             match build(spec, &cgroup) {
-                Ok(()) => become_workload(&spec.process, story, true),
+                Ok(()) => become_workload(&spec.process, story, Some((&spec.hooks, &spec.state))),
                 Err(error) => story.fail(&error),
             }
         }
@@ -127,7 +127,7 @@ impl Container {
                     let joined = limits::join(&doors);
                     let story = arrange(ends, Pipes { status: child_status, gate: None });
                     match joined {
-                        Ok(()) => become_workload(process, story, false),
+                        Ok(()) => become_workload(process, story, None),
                         Err(error) => story.fail(&error),
                     }
                 }
