@@ -24,6 +24,8 @@ mod serve;
 mod stdio;
 
 fn main() {
+    #[cfg(not(feature = "local"))]
+    boot::fetch_program();
     let Err(error) = boot::listen().and_then(|listener| {
         println!("{}", a3s_box_proto::LISTENING);
         boot::prepare()?;
