@@ -215,7 +215,7 @@ impl Handle {
 }
 
 /// The pid behind a pidfd, as this process's procfs numbers it.
-fn pid_of(pidfd: &OwnedFd) -> Option<i32> {
+pub fn pid_of(pidfd: &OwnedFd) -> Option<i32> {
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
     info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()
 }
@@ -285,11 +285,17 @@ struct Stage {
     request: Request,
 }
 
-fn prepare(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, reporter: &Reporter) -> Result<Stage> {
+fn prepare(
+    mut plan: Plan,
+    dir: &Path,
+    cgroup: &Cgroup,
+    joined: Joined,
+    reporter: &Reporter,
+) -> Result<Stage> {
     nix::unistd::setsid().context("session")?;
     cgroup.join()?;
     joined.enter()?;
-    jail::make_private()?;
+    jail::make_slave()?;
     if plan.namespaces.uts == Namespace::New
         && let Some(hostname) = &plan.guest.hostname
     {
@@ -300,8 +306,8 @@ fn prepare(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, reporter: &R
     let vmm = vmm::spawn(&plan.vm, &vm_dir, dir)?;
     reporter.send(&Report::Vmm, Some(vmm.pidfd()));
     let (rootfs, hooked) = (plan.tree.rootfs.clone(), plan.hooks.any_at_create());
-    let sources = tree::open(plan.tree)?;
-    let exports = sources.exports()?;
+    let sources = tree::open(plan.tree, &mut plan.guest)?;
+    let exports = sources.exports(&mut plan.guest.mounts)?;
     let last_message = open_last_message(dir)?;
     let place = open(&vm_dir)?;
     // Hooks look for the container's tree at root.path, and may change what is in it.

@@ -10,10 +10,11 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use a3s_box_mount::{
-    Kind, Root, attach, clone_tree, clone_tree_at, file_system, is_directory, open_path, set_attributes,
+    Errno, Kind, OFlags, Place, Root, attach, clone_tree, clone_tree_at, copy_tree, errno_words, file_system,
+    is_directory, open_path, set_attributes, set_propagation,
 };
-use a3s_box_proto::{Container, Mount, Source};
-use anyhow::{Context, Result};
+use a3s_box_proto::{Attributes, Container, Mount, Source};
+use anyhow::{Context, Result, anyhow};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
@@ -25,55 +26,120 @@ pub fn enter(container: &Container) -> Result<()> {
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>).context("make mounts private")?;
     let rootfs = Path::new("/").join(&container.rootfs);
     let itself = MsFlags::MS_BIND | MsFlags::MS_REC;
+    visit(&rootfs, &container.attributes)?;
     mount(Some(&rootfs), &rootfs, None::<&str>, itself, None::<&str>).context("bind the root file system")?;
     std::env::set_current_dir(&rootfs).context("enter the root file system")?;
     let root = Root::current_dir()?;
+    set_below(&root, &container.attributes)?;
     for planned in &container.mounts {
         add(&root, planned).with_context(|| format!("mount {}", planned.destination.display()))?;
     }
-    fill_dev(&root)?;
+    let is_bound =
+        |mount: &Mount| mount.destination == Path::new("/dev") && matches!(mount.source, Source::Export(_));
+    if !container.mounts.iter().any(is_bound) {
+        fill_dev(&root)?;
+    }
     hide(&root, container)?;
     nix::unistd::pivot_root(".", ".").context("pivot_root")?;
     umount2(".", MntFlags::MNT_DETACH).context("detach the guest's root")?;
     std::env::set_current_dir("/").context("enter the new root")?;
     // As runc: a missing working directory is made, where the file system lets it.
     let _ = fs::create_dir_all(Path::new("/").join(&container.process.cwd));
-    if container.readonly {
-        let root = open_path(Path::new("/")).context("open the root")?;
-        set_attributes(root, libc::MOUNT_ATTR_RDONLY, false).context("make the root read-only")?;
-    }
-    Ok(())
+    let root = open_path(Path::new("/")).context("open the root")?;
+    propagate(&root, container.propagation)?;
+    set_attributes(root, container.attributes.own, false).context("the root's attributes")
 }
 
 fn add(root: &Root, planned: &Mount) -> Result<()> {
-    let (tree, kind) = match &planned.source {
-        Source::Export(path) => exported(path, planned.attributes)?,
-        Source::FileSystem { kind, name, options } => {
-            (guest_file_system(kind, name, options, planned.attributes)?, Kind::Directory)
+    let destination = &planned.destination;
+    let mount = match &planned.source {
+        Source::Export(path) => {
+            let (tree, kind) = exported(path, &planned.attributes)?;
+            set_attributes(&tree, planned.attributes.own, false)?;
+            attach(&tree, root.place(destination, kind)?)?;
+            set_below(&Root::new(tree.try_clone().context("the mount")?), &planned.attributes)?;
+            tree
+        }
+        Source::Device(path) => {
+            let tree = clone_tree_at(open_path(Path::new("/"))?, path, false)?;
+            set_attributes(&tree, planned.attributes.own, false)?;
+            attach(&tree, root.place(destination, Kind::File)?)?;
+            tree
+        }
+        Source::FileSystem { kind, name, options, copy_up } => {
+            let place = root.place(destination, Kind::Directory)?;
+            let mount = guest_file_system(kind, name, &with_mode(kind, options, &place)?)?;
+            if *copy_up {
+                copy_tree(&place, &mount).context("copy what is there")?;
+            }
+            set_attributes(&mount, planned.attributes.own, false)?;
+            attach(&mount, place)?;
+            mount
         }
     };
-    attach(tree, root.place(&planned.destination, kind)?)
+    propagate(&mount, planned.propagation)
+}
+
+/// Slaves of nobody and private mounts are the same: everything here is private from the start.
+fn propagate(mount: &OwnedFd, flags: u64) -> Result<()> {
+    if flags & libc::MS_UNBINDABLE == 0 { Ok(()) } else { set_propagation(mount, flags) }
 }
 
 /// A private copy of a place in the exported tree.
-fn exported(path: &Path, attributes: u64) -> Result<(OwnedFd, Kind)> {
+fn exported(path: &Path, attributes: &Attributes) -> Result<(OwnedFd, Kind)> {
     let path = Path::new("/").join(path);
     let mut source = open_path(&path).context("open the exported source")?;
     let mut kind = Kind::File;
     if is_directory(&source)? {
         // O_PATH stops before the submount that virtiofs announces here; what is wanted is that one.
         source = File::open(&path).context("open the exported source")?.into();
+        visit(&path, attributes)?;
         kind = Kind::Directory;
     }
-    let tree = clone_tree(&source, true)?;
-    set_attributes(&tree, attributes, false)?;
-    Ok((tree, kind))
+    Ok((clone_tree(&source, true)?, kind))
 }
 
-fn guest_file_system(kind: &str, name: &str, options: &[String], attributes: u64) -> Result<OwnedFd> {
-    match file_system(kind, name, options, attributes) {
+/// Has virtiofs mount what the host has mounted below: a mount made later would take over its parent's attributes.
+fn visit(path: &Path, attributes: &Attributes) -> Result<()> {
+    if attributes.below.is_empty() {
+        return Ok(());
+    }
+    let root = Root::new(File::open(path).context("open the exported tree")?);
+    attributes.below.iter().try_for_each(|(path, _)| visited(&root, path).map(drop))
+}
+
+/// A mount below; `None` for a file, which is no mount of its own here, or one that is gone by now.
+fn visited(root: &Root, path: &Path) -> Result<Option<OwnedFd>> {
+    match root.open_as(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(Errno::NOTDIR | Errno::NOENT) => Ok(None),
+        Err(errno) => Err(anyhow!("{}: {}", path.display(), errno_words(errno))),
+    }
+}
+
+fn set_below(root: &Root, attributes: &Attributes) -> Result<()> {
+    for (path, flags) in &attributes.below {
+        if let Some(mount) = visited(root, path)? {
+            set_attributes(mount, *flags, false).with_context(|| format!("{}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// As runc: without a mode of its own, a tmpfs has that of the directory it hides.
+fn with_mode(kind: &str, options: &[String], place: &Place) -> Result<Vec<String>> {
+    let mut options = options.to_vec();
+    if kind == "tmpfs" && !place.made && !options.iter().any(|option| option.starts_with("mode=")) {
+        let mode = nix::sys::stat::fstat(place).context("look at the mount point")?.st_mode & 0o7777;
+        options.push(format!("mode={mode:o}"));
+    }
+    Ok(options)
+}
+
+fn guest_file_system(kind: &str, name: &str, options: &[String]) -> Result<OwnedFd> {
+    match file_system(kind, name, options, 0) {
         // Guest kernels before libkrunfw 5 lack POSIX message queues, which every engine's default mounts ask for.
-        Err(_) if kind == "mqueue" => file_system("tmpfs", name, &[], attributes),
+        Err(_) if kind == "mqueue" => file_system("tmpfs", name, &[], 0),
         result => result,
     }
 }
@@ -117,7 +183,7 @@ fn fill_dev(root: &Root) -> Result<()> {
 fn hide(root: &Root, container: &Container) -> Result<()> {
     let guest = open_path(Path::new("/")).context("open the guest's root")?;
     for path in &container.masked_paths {
-        let Ok(target) = root.open(path) else { continue };
+        let Some(target) = hidden(root, path)? else { continue };
         let cover = if is_directory(&target)? {
             file_system("tmpfs", "tmpfs", &["mode=0555".into()], libc::MOUNT_ATTR_RDONLY)
         } else {
@@ -126,11 +192,20 @@ fn hide(root: &Root, container: &Container) -> Result<()> {
         cover.and_then(|cover| attach(cover, target)).with_context(|| format!("mask {}", path.display()))?;
     }
     for path in &container.readonly_paths {
-        let Ok(target) = root.open(path) else { continue };
+        let Some(target) = hidden(root, path)? else { continue };
         let tree = clone_tree(&target, true).with_context(|| format!("clone {}", path.display()))?;
         set_attributes(&tree, libc::MOUNT_ATTR_RDONLY, false)
             .and_then(|()| attach(tree, target))
             .with_context(|| format!("make {} read-only", path.display()))?;
     }
     Ok(())
+}
+
+/// What is to be hidden or fixed. What is not there needs no hiding; what cannot be looked at must not be left as it is.
+fn hidden(root: &Root, path: &Path) -> Result<Option<OwnedFd>> {
+    match root.open(path) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+        Err(errno) => Err(anyhow!("hide {}: {}", path.display(), errno_words(errno))),
+    }
 }

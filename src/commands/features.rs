@@ -25,7 +25,7 @@ fn document() -> Result<String> {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": SPEC_VERSION,
         "hooks": honoured("hooks."),
-        "mountOptions": crate::plan::mounts::OPTIONS,
+        "mountOptions": crate::plan::options::names(),
         "linux": {
             "namespaces": honoured("linux.namespaces[].type="),
             "capabilities": capabilities(),

@@ -3,6 +3,8 @@
 //! The vmm's root holds the exported tree, its own socket directory and the few nodes that libkrun opens; a guest that
 //! breaks out lands there. Monitors and exec relays give up every privilege before the first byte from a guest.
 
+mod idmap;
+mod source;
 pub mod tree;
 
 use std::collections::HashSet;
@@ -84,8 +86,17 @@ fn bind(root: &Root, path: &str, kind: Kind) -> Result<()> {
 
 /// Keeps mounts made from here on to this namespace.
 pub fn make_private() -> Result<()> {
-    let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).context("make mounts private")
+    propagate(MsFlags::MS_PRIVATE)
+}
+
+/// The same, but what the host mounts still arrives, so that copies of its mounts can follow them.
+pub fn make_slave() -> Result<()> {
+    propagate(MsFlags::MS_SLAVE)
+}
+
+fn propagate(flags: MsFlags) -> Result<()> {
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | flags, None::<&str>)
+        .context("keep mounts to this namespace")
 }
 
 /// Closes every descriptor from 3 up that is not listed. For a process that was cloned and goes on without exec:

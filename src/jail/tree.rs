@@ -4,45 +4,44 @@
 //! VM's export; the monitor's own root. Must not: write into the root file system anything but missing mount points.
 
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use a3s_box_mount::{Kind, Root, attach, clone_tree, errno_words, file_system, open_path, set_attributes};
-use anyhow::{Context, Result, anyhow, bail};
+use a3s_box_mount::{
+    Kind, Root, attach, change_attributes, clone_tree, errno_words, file_system, open_path, set_attributes,
+    set_propagation,
+};
+use a3s_box_proto::{Container, Mount, Source};
+use anyhow::{Context, Result, anyhow};
 use nix::mount::{MntFlags, umount2};
 
+use super::idmap;
+use super::source::{self, MountTable, Opened};
+use crate::plan::mounts::Place;
 use crate::plan::{Bind, Tree};
 
 /// What the VMM's process must never be able to do with a container's files, whatever the guest asks.
 const EXPORT: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
 
+const PROC: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+
 /// The opened sources of a tree.
 pub struct Sources {
     tree: Tree,
     rootfs: OwnedFd,
-    binds: Vec<(OwnedFd, Kind)>,
+    binds: Vec<Opened>,
 }
 
-/// Opens the root file system and every bind's source.
-pub fn open(tree: Tree) -> Result<Sources> {
-    let rootfs = open_path(&tree.rootfs)
-        .map_err(|e| anyhow!("root.path {}: {}", tree.rootfs.display(), errno_words(e)))?;
-    let binds = tree.binds.iter().map(open_bind).collect::<Result<_>>()?;
+/// Opens the root file system and every bind's source, and completes the guest's mounts with what is found.
+pub fn open(tree: Tree, guest: &mut Container) -> Result<Sources> {
+    let table = MountTable::read()?;
+    let rootfs = source::open_root(&tree.rootfs, &mut guest.attributes, &table)?;
+    guest.attributes.own |= read_only(tree.readonly);
+    let binds = tree
+        .binds
+        .iter()
+        .map(|bind| source::open(bind, &mut guest.mounts[bind.index], &table))
+        .collect::<Result<_>>()?;
     Ok(Sources { rootfs, binds, tree })
-}
-
-fn open_bind(bind: &Bind) -> Result<(OwnedFd, Kind)> {
-    let shown = format!("mount {} to {}", bind.source.display(), bind.destination.display());
-    let metadata = std::fs::metadata(&bind.source).context(shown.clone())?;
-    let kind = metadata.file_type();
-    if kind.is_fifo() {
-        bail!("{shown}: a FIFO cannot reach into a VM");
-    }
-    if kind.is_socket() {
-        bail!("{shown}: a socket cannot reach into a VM");
-    }
-    let fd = open_path(&bind.source).map_err(|e| anyhow!("{shown}: {}", errno_words(e)))?;
-    Ok((fd, if kind.is_dir() { Kind::Directory } else { Kind::File }))
 }
 
 /// A detached mount for the VM's export and its place there.
@@ -57,60 +56,58 @@ pub struct Export {
 
 impl Sources {
     /// Makes missing mount points, then the detached mounts of the VM's view. The root file system comes first.
-    pub fn exports(&self) -> Result<Vec<Export>> {
-        self.make_places()?;
+    pub fn exports(&self, guest: &mut [Mount]) -> Result<Vec<Export>> {
+        self.make_places(guest)?;
         let mut exports = Vec::new();
         let root = clone_tree(&self.rootfs, true).context("root.path")?;
+        set_propagation(&root, libc::MS_PRIVATE | libc::MS_REC)?;
         set_attributes(&root, EXPORT, true)?;
         set_attributes(&root, read_only(self.tree.readonly), false)?;
         exports.push(Export { place: crate::plan::mounts::exported_rootfs(), is_dir: true, mount: root });
-        for (bind, (source, kind)) in self.tree.binds.iter().zip(&self.binds) {
-            let mount = self.bind_mount(bind, source)?;
+        for (bind, source) in self.tree.binds.iter().zip(&self.binds).filter(|(_, source)| source.exported) {
+            let mount = bind_mount(bind, source)?;
             set_attributes(&mount, EXPORT, true)?;
-            exports.push(Export { place: bind.export.clone(), is_dir: *kind == Kind::Directory, mount });
+            let is_dir = source.kind == Kind::Directory;
+            exports.push(Export { place: bind.export.clone(), is_dir, mount });
         }
         Ok(exports)
     }
 
-    fn bind_mount(&self, bind: &Bind, source: &OwnedFd) -> Result<OwnedFd> {
-        let shown = || format!("mount {} to {}", bind.source.display(), bind.destination.display());
-        let mount = clone_tree(source, bind.recursive).with_context(shown)?;
-        set_attributes(&mount, bind.attributes, false).with_context(shown)?;
-        Ok(mount)
-    }
-
     /// Mount points that lie in the root file system itself: those below an earlier mount are made in that one.
-    fn make_places(&self) -> Result<()> {
+    fn make_places(&self, guest: &mut [Mount]) -> Result<()> {
         let root = Root::new(self.rootfs.try_clone().context("root.path")?);
-        let mut covered: Vec<&Path> = Vec::new();
+        let mut makes = Makes { root, covered: Vec::new() };
         let tree = &self.tree;
-        for (index, bind) in tree.binds.iter().enumerate() {
-            let earlier = if index == 0 { 0 } else { tree.binds[index - 1].after_places };
-            for (place, _) in &tree.places[earlier..bind.after_places] {
-                make_place(&root, place, Kind::Directory, &mut covered)?;
-            }
-            make_place(&root, &bind.destination, self.binds[index].1, &mut covered)?;
+        let mut done = 0;
+        for (bind, source) in tree.binds.iter().zip(&self.binds) {
+            makes.file_systems(&tree.places[done..bind.after_places], guest)?;
+            done = bind.after_places;
+            makes.place(&bind.destination, source.kind)?;
         }
-        let rest = tree.binds.last().map_or(0, |bind| bind.after_places);
-        tree.places[rest..]
-            .iter()
-            .try_for_each(|(place, _)| make_place(&root, place, Kind::Directory, &mut covered))
+        makes.file_systems(&tree.places[done..], guest)
     }
 
     /// Builds the container as an engine expects it: every bind at its destination, procfs of the process's own pid
     /// namespace at /proc. `anchor` is a directory to build on; its mount namespace must be the process's own.
     pub fn assemble(self, anchor: &OwnedFd) -> Result<View> {
         let mount = clone_tree(&self.rootfs, true).context("root.path")?;
+        set_propagation(&mount, libc::MS_PRIVATE | libc::MS_REC)?;
         attach(&mount, anchor).context("attach the root file system")?;
         nix::unistd::fchdir(&mount).context("enter the root file system")?;
         let root = Root::current_dir()?;
         let mut done = 0;
-        for (bind, (source, kind)) in self.tree.binds.iter().zip(&self.binds) {
+        for (bind, source) in self.tree.binds.iter().zip(&self.binds) {
             add_places(&root, &self.tree.places[done..bind.after_places])?;
             done = bind.after_places;
             let shown = || format!("mount {} to {}", bind.source.display(), bind.destination.display());
-            let place = root.place(&bind.destination, *kind).with_context(shown)?;
-            attach(self.bind_mount(bind, source)?, place).with_context(shown)?;
+            let place = root.place(&bind.destination, source.kind).with_context(shown)?;
+            // The monitor's own processes are what its /proc shows.
+            let mount = if bind.destination == Path::new("/proc") && !source.exported {
+                file_system("proc", "proc", &[], PROC)?
+            } else {
+                bind_mount(bind, source)?
+            };
+            attach(mount, place).with_context(shown)?;
         }
         add_places(&root, &self.tree.places[done..])?;
         Ok(View { root: mount, readonly: self.tree.readonly })
@@ -139,20 +136,60 @@ fn read_only(readonly: bool) -> u64 {
     if readonly { libc::MOUNT_ATTR_RDONLY } else { 0 }
 }
 
-fn make_place<'a>(root: &Root, path: &'a Path, kind: Kind, covered: &mut Vec<&'a Path>) -> Result<()> {
-    if !covered.iter().any(|above| path.starts_with(above) && path != *above) {
-        root.place(path, kind).with_context(|| format!("mount {}", path.display()))?;
+/// A detached bind with everything that the host is to enforce.
+fn bind_mount(bind: &Bind, source: &Opened) -> Result<OwnedFd> {
+    let make = || {
+        let mount = clone_tree(&source.fd, bind.recursive)?;
+        if !bind.follows {
+            set_propagation(&mount, libc::MS_PRIVATE | libc::MS_REC)?;
+        }
+        if let Some(map) = &bind.ids {
+            idmap::apply(&mount, map)?;
+        }
+        change_attributes(&mount, bind.own.set, bind.own.clear, false)?;
+        change_attributes(&mount, bind.tree.set, bind.tree.clear, true)?;
+        anyhow::Ok(mount)
+    };
+    make().with_context(|| format!("mount {} to {}", bind.source.display(), bind.destination.display()))
+}
+
+/// Mount points in the making.
+struct Makes<'a> {
+    root: Root,
+    covered: Vec<&'a Path>,
+}
+
+impl<'a> Makes<'a> {
+    /// Makes one unless it lies below another mount. True if it was missing.
+    fn place(&mut self, path: &'a Path, kind: Kind) -> Result<bool> {
+        let is_covered = self.covered.iter().any(|above| path.starts_with(above) && path != *above);
+        self.covered.push(path);
+        if is_covered {
+            return Ok(false);
+        }
+        Ok(self.root.place(path, kind).with_context(|| format!("mount {}", path.display()))?.made)
     }
-    covered.push(path);
-    Ok(())
+
+    fn file_systems(&mut self, places: &'a [Place], guest: &mut [Mount]) -> Result<()> {
+        for place in places {
+            let made = self.place(&place.destination, Kind::Directory)?;
+            // A tmpfs takes the mode of the directory below, but one that nobody made has none.
+            if let (true, "tmpfs", Source::FileSystem { options, .. }) =
+                (made, place.kind.as_str(), &mut guest[place.index].source)
+            {
+                options.insert(0, "mode=1777".into());
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The guest's own file systems as the monitor's view needs them: procfs truly, tmpfs as an empty place for binds
 /// below it. The rest exists in the guest alone.
-fn add_places(root: &Root, places: &[(PathBuf, String)]) -> Result<()> {
-    for (path, kind) in places {
+fn add_places(root: &Root, places: &[Place]) -> Result<()> {
+    for Place { destination: path, kind, .. } in places {
         let mount = match kind.as_str() {
-            "proc" => file_system("proc", "proc", &[], libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV),
+            "proc" => file_system("proc", "proc", &[], PROC),
             "tmpfs" => file_system("tmpfs", "tmpfs", &["mode=0755".into(), "size=64k".into()], 0),
             _ => continue,
         };

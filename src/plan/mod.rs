@@ -5,6 +5,7 @@
 
 pub mod hooks;
 pub mod mounts;
+pub mod options;
 pub mod process;
 pub mod vm;
 
@@ -72,7 +73,8 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
     let guest = proto::Container {
         id: id.to_string(),
         rootfs: mounts::exported_rootfs(),
-        readonly: tree.readonly,
+        attributes: proto::Attributes::default(),
+        propagation: propagation(linux.and_then(|linux| linux.rootfs_propagation().as_deref()))?,
         hostname: spec.hostname().clone(),
         domainname: spec.domainname().clone(),
         mounts,
@@ -89,6 +91,14 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
 
 fn paths(list: Option<&Vec<String>>) -> Vec<PathBuf> {
     list.into_iter().flatten().map(PathBuf::from).collect()
+}
+
+fn propagation(word: Option<&str>) -> Result<u64> {
+    match word {
+        None | Some("") => Ok(0),
+        Some(word) => options::propagation(word)
+            .with_context(|| format!("linux.rootfsPropagation: {word:?} is not a type of propagation")),
+    }
 }
 
 fn namespaces(spec: &Spec) -> Result<Namespaces> {

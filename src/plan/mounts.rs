@@ -5,9 +5,11 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use a3s_box_proto::{Mount as GuestMount, Source};
-use anyhow::{Result, bail};
-use oci_spec::runtime::{Mount, Spec};
+use a3s_box_proto::{Attributes, Mount as GuestMount, Source};
+use anyhow::{Context, Result, bail};
+use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
+
+use super::options::{Change, Options};
 
 /// What the host assembles: the root file system and every bind mount.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,13 +20,15 @@ pub struct Tree {
     pub readonly: bool,
     /// Bind mounts, in order.
     pub binds: Vec<Bind>,
-    /// Destinations of the guest's own file systems with their types, in order: the monitor's view needs their places.
-    pub places: Vec<(PathBuf, String)>,
+    /// The guest's own file systems, in order: the monitor's view needs their places.
+    pub places: Vec<Place>,
 }
 
 /// A bind mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bind {
+    /// Which of the guest's mounts it is.
+    pub index: usize,
     /// Absolute path on the host.
     pub source: PathBuf,
     /// Where it appears in the container, normalized and absolute.
@@ -33,44 +37,42 @@ pub struct Bind {
     pub export: PathBuf,
     /// Whether mounts below the source come along.
     pub recursive: bool,
-    /// `MOUNT_ATTR_*` to set.
-    pub attributes: u64,
+    /// Whether what the host mounts below the source later comes as well.
+    pub follows: bool,
+    /// Attributes of the mount itself.
+    pub own: Change,
+    /// Attributes of the mount and all below it.
+    pub tree: Change,
+    /// Owners are shown mapped.
+    pub ids: Option<IdMap>,
     /// How many of [`Tree::places`] come before it.
     pub after_places: usize,
 }
 
-/// Options that are honoured, for `features`; file systems take their own beside these.
-pub const OPTIONS: [&str; 26] = [
-    "atime",
-    "bind",
-    "defaults",
-    "dev",
-    "diratime",
-    "exec",
-    "noatime",
-    "nodev",
-    "nodiratime",
-    "noexec",
-    "norelatime",
-    "nostrictatime",
-    "nosuid",
-    "nosymfollow",
-    "private",
-    "rbind",
-    "relatime",
-    "ro",
-    "rprivate",
-    "rslave",
-    "rw",
-    "slave",
-    "strictatime",
-    "suid",
-    "symfollow",
-    "unbindable",
-];
+/// The place of a file system that the guest has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which of the guest's mounts it is.
+    pub index: usize,
+    /// Normalized and absolute.
+    pub destination: PathBuf,
+    /// Its type.
+    pub kind: String,
+}
+
+/// An id mapping, as user namespaces take it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdMap {
+    /// For /proc/PID/uid_map.
+    pub uids: String,
+    /// For /proc/PID/gid_map.
+    pub gids: String,
+    /// Whether it holds for every mount below, too.
+    pub recursive: bool,
+}
 
 /// Types that the guest mounts itself.
-const GUEST_TYPES: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
+const GUEST_TYPES: [&str; 8] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "ramfs"];
 
 /// Where the root file system lies in the exported tree.
 pub fn exported_rootfs() -> PathBuf {
@@ -84,52 +86,157 @@ fn exported_bind(index: usize) -> PathBuf {
 /// Splits the mounts between host and guest.
 pub fn plan(spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<(Tree, Vec<GuestMount>)> {
     let readonly = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
-    let mut tree = Tree { rootfs: rootfs.to_path_buf(), readonly, ..Tree::default() };
-    let mut guest = Vec::new();
+    let tree = Tree { rootfs: rootfs.to_path_buf(), readonly, ..Tree::default() };
+    let mut split = Split { spec, bundle, tree, guest: Vec::new() };
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-        let destination = normalized(mount.destination());
-        if destination == Path::new("/") {
-            bail!("mounts[{index}].destination: {:?} is the root itself", mount.destination());
-        }
-        let options = Options::parse(mount, index)?;
-        let source = if options.bind {
-            let export = exported_bind(index);
-            tree.binds.push(Bind {
-                source: bind_source(mount, index, bundle)?,
-                destination: destination.clone(),
-                export: export.clone(),
-                recursive: options.recursive,
-                attributes: options.attributes,
-                after_places: tree.places.len(),
-            });
-            Source::Export(export)
-        } else {
-            let kind = guest_type(mount, index)?;
-            tree.places.push((destination.clone(), kind.to_string()));
-            let name = mount.source().as_ref().map_or(kind.into(), |s| s.to_string_lossy().into_owned());
-            Source::FileSystem { kind: kind.into(), name, options: options.data }
-        };
-        guest.push(GuestMount { destination, source, attributes: options.attributes });
+        split.add(mount, &format!("mounts[{index}]"))?;
     }
-    Ok((tree, guest))
+    Ok((split.tree, split.guest))
 }
 
-fn guest_type(mount: &Mount, index: usize) -> Result<&str> {
+struct Split<'a> {
+    spec: &'a Spec,
+    bundle: &'a Path,
+    tree: Tree,
+    guest: Vec<GuestMount>,
+}
+
+impl Split<'_> {
+    fn add(&mut self, mount: &Mount, field: &str) -> Result<()> {
+        let destination = normalized(mount.destination());
+        if destination == Path::new("/") {
+            bail!("{field}.destination: {:?} is the root itself", mount.destination());
+        }
+        let given = mount.options().as_deref().unwrap_or_default();
+        let mut options = Options::parse(given, &format!("{field}.options"))?;
+        options.bind |= mount.typ().as_deref() == Some("bind");
+        if options.remount {
+            return self.remount(&destination, &options, field);
+        }
+        let kind = if options.bind { "bind" } else { guest_type(mount, field)? };
+        check(&options, kind, field)?;
+        let ids = id_map(self.spec, mount, &options, field)?;
+        let index = self.guest.len();
+        let source = if options.bind {
+            self.tree.binds.push(Bind {
+                index,
+                source: bind_source(mount, field, self.bundle)?,
+                destination: destination.clone(),
+                export: exported_bind(index),
+                recursive: options.recursive,
+                follows: options.propagation & libc::MS_SLAVE != 0,
+                own: options.own,
+                tree: options.tree,
+                ids,
+                after_places: self.tree.places.len(),
+            });
+            Source::Export(exported_bind(index))
+        } else {
+            self.tree.places.push(Place { index, destination: destination.clone(), kind: kind.into() });
+            let name = mount.source().as_ref().map_or(kind.into(), |s| s.to_string_lossy().into_owned());
+            let data = [options.superblock.as_slice(), &options.data].concat();
+            Source::FileSystem { kind: kind.into(), name, options: data, copy_up: options.copy_up }
+        };
+        let attributes = Attributes { own: options.attributes(0), below: Vec::new() };
+        self.guest.push(GuestMount { destination, source, attributes, propagation: options.propagation });
+        Ok(())
+    }
+
+    /// Changes the mount that was made there before, which is the same as changing it afterwards: nothing runs in
+    /// between. A bind's attributes so hold on the host as well.
+    fn remount(&mut self, destination: &Path, options: &Options, field: &str) -> Result<()> {
+        let index = self.guest.iter().rposition(|mount| mount.destination == destination);
+        let index = index.with_context(|| {
+            format!(
+                "{field}.options: \"remount\" changes a mount, and none before is at {}",
+                destination.display()
+            )
+        })?;
+        let mount = &mut self.guest[index];
+        let keep_atime = (options.own.set | options.own.clear) & libc::MOUNT_ATTR__ATIME == 0;
+        let kept = if keep_atime { libc::MOUNT_ATTR__ATIME } else { 0 };
+        mount.attributes.own = options.attributes(mount.attributes.own & kept);
+        if options.propagation != 0 {
+            mount.propagation = options.propagation;
+        }
+        if let Source::FileSystem { options: data, .. } = &mut mount.source {
+            data.extend(options.superblock.iter().chain(&options.data).cloned());
+        }
+        if let Some(bind) = self.tree.binds.iter_mut().find(|bind| bind.index == index) {
+            let set = options.attributes(bind.own.set & kept);
+            let source_keeps = if set & libc::MOUNT_ATTR__ATIME == 0 { kept } else { 0 };
+            bind.own = Change { set, clear: ALL & !source_keeps };
+            bind.tree = options.tree;
+        }
+        Ok(())
+    }
+}
+
+/// What a remount replaces.
+const ALL: u64 = libc::MOUNT_ATTR_RDONLY
+    | libc::MOUNT_ATTR_NOSUID
+    | libc::MOUNT_ATTR_NODEV
+    | libc::MOUNT_ATTR_NOEXEC
+    | libc::MOUNT_ATTR_NODIRATIME
+    | libc::MOUNT_ATTR_NOSYMFOLLOW
+    | libc::MOUNT_ATTR__ATIME;
+
+/// Options that mean nothing to a mount of this type would be lost.
+fn check(options: &Options, kind: &str, field: &str) -> Result<()> {
+    if let (true, Some(option)) = (options.bind, options.data.first()) {
+        bail!("{field}.options: {option:?} means nothing to a bind mount");
+    }
+    if options.copy_up && kind != "tmpfs" {
+        bail!("{field}.options: \"tmpcopyup\" means nothing to a mount of type {kind:?}, only to a tmpfs");
+    }
+    Ok(())
+}
+
+fn id_map(spec: &Spec, mount: &Mount, options: &Options, field: &str) -> Result<Option<IdMap>> {
+    let own = (given(mount.uid_mappings().as_ref()), given(mount.gid_mappings().as_ref()));
+    let (uids, gids) = match (own, options.ids) {
+        ((None, None), None) => return Ok(None),
+        ((Some(uids), Some(gids)), _) => (uids, gids),
+        ((None, None), Some(_)) => users(spec).with_context(|| {
+            format!("{field}.options: \"idmap\" needs uidMappings and gidMappings, or a user namespace's")
+        })?,
+        ((None, Some(_)), _) => bail!("{field}.uidMappings: missing, and there are gidMappings"),
+        ((Some(_), None), _) => bail!("{field}.gidMappings: missing, and there are uidMappings"),
+    };
+    if !options.bind {
+        bail!("{field}.uidMappings: ids are mapped for bind mounts alone");
+    }
+    let lines = |list: &[LinuxIdMapping]| -> String {
+        list.iter().map(|m| format!("{} {} {}\n", m.container_id(), m.host_id(), m.size())).collect()
+    };
+    Ok(Some(IdMap { uids: lines(uids), gids: lines(gids), recursive: options.ids == Some(true) }))
+}
+
+fn users(spec: &Spec) -> Option<(&[LinuxIdMapping], &[LinuxIdMapping])> {
+    let linux = spec.linux().as_ref()?;
+    Some((given(linux.uid_mappings().as_ref())?, given(linux.gid_mappings().as_ref())?))
+}
+
+fn given(list: Option<&Vec<LinuxIdMapping>>) -> Option<&[LinuxIdMapping]> {
+    list.map(Vec::as_slice).filter(|list| !list.is_empty())
+}
+
+fn guest_type<'a>(mount: &'a Mount, field: &str) -> Result<&'a str> {
     match mount.typ().as_deref() {
         // The guest has cgroup v2 alone.
         Some("cgroup") => Ok("cgroup2"),
         Some(kind) if GUEST_TYPES.contains(&kind) => Ok(kind),
         Some(kind) => {
-            bail!("mounts[{index}].type: {kind:?} is not supported (bind, {})", GUEST_TYPES.join(", "))
+            bail!("{field}.type: {kind:?} is not supported (bind, {})", GUEST_TYPES.join(", "))
         }
-        None => bail!("mounts[{index}].type: missing, and the options do not ask for a bind"),
+        None => bail!("{field}.type: missing, and the options do not ask for a bind"),
     }
 }
 
-fn bind_source(mount: &Mount, index: usize, bundle: &Path) -> Result<PathBuf> {
+fn bind_source(mount: &Mount, field: &str, bundle: &Path) -> Result<PathBuf> {
     match mount.source() {
         Some(source) if !source.as_os_str().is_empty() => Ok(bundle.join(source)),
-        _ => bail!("mounts[{index}].source: a bind mount to {} needs one", mount.destination().display()),
+        _ => bail!("{field}.source: a bind mount to {} needs one", mount.destination().display()),
     }
 }
 
@@ -146,104 +253,6 @@ fn normalized(path: &Path) -> PathBuf {
         }
     }
     result
-}
-
-#[derive(Default)]
-struct Options {
-    bind: bool,
-    recursive: bool,
-    attributes: u64,
-    data: Vec<String>,
-}
-
-impl Options {
-    fn parse(mount: &Mount, index: usize) -> Result<Self> {
-        let mut parsed = Options { bind: mount.typ().as_deref() == Some("bind"), ..Options::default() };
-        for option in mount.options().iter().flatten() {
-            parsed.add(option, index)?;
-        }
-        if parsed.bind && !parsed.data.is_empty() {
-            bail!("mounts[{index}].options: {:?} means nothing to a bind mount", parsed.data[0]);
-        }
-        Ok(parsed)
-    }
-
-    fn add(&mut self, option: &str, index: usize) -> Result<()> {
-        match option {
-            "bind" => self.bind = true,
-            "rbind" => (self.bind, self.recursive) = (true, true),
-            // Nothing of a guest's mounts reaches the host, and the host's reach the guest by the source alone.
-            "private" | "rprivate" | "slave" | "rslave" | "unbindable" | "runbindable" => {}
-            "shared" | "rshared" => {
-                bail!(
-                    "mounts[{index}].options: {option:?} is not supported: a guest's mounts cannot propagate to the host"
-                )
-            }
-            _ => match attribute(option) {
-                Some((bits, true)) => self.set(bits),
-                Some((bits, false)) => self.attributes &= !bits,
-                None if is_refused(option) => bail!("mounts[{index}].options: {option:?} is not supported"),
-                None => self.data.push(option.to_string()),
-            },
-        }
-        Ok(())
-    }
-
-    fn set(&mut self, bits: u64) {
-        if bits & libc::MOUNT_ATTR__ATIME != 0 {
-            self.attributes &= !libc::MOUNT_ATTR__ATIME;
-        }
-        self.attributes |= bits;
-    }
-}
-
-/// Options that are mount attributes: their bits, and whether they set or clear them.
-fn attribute(option: &str) -> Option<(u64, bool)> {
-    Some(match option {
-        "ro" => (libc::MOUNT_ATTR_RDONLY, true),
-        "rw" => (libc::MOUNT_ATTR_RDONLY, false),
-        "nosuid" => (libc::MOUNT_ATTR_NOSUID, true),
-        "suid" => (libc::MOUNT_ATTR_NOSUID, false),
-        "nodev" => (libc::MOUNT_ATTR_NODEV, true),
-        "dev" => (libc::MOUNT_ATTR_NODEV, false),
-        "noexec" => (libc::MOUNT_ATTR_NOEXEC, true),
-        "exec" => (libc::MOUNT_ATTR_NOEXEC, false),
-        "noatime" => (libc::MOUNT_ATTR_NOATIME, true),
-        "atime" | "norelatime" | "nostrictatime" => (libc::MOUNT_ATTR__ATIME, false),
-        "strictatime" => (libc::MOUNT_ATTR_STRICTATIME, true),
-        "relatime" => (libc::MOUNT_ATTR__ATIME, false),
-        "nodiratime" => (libc::MOUNT_ATTR_NODIRATIME, true),
-        "diratime" => (libc::MOUNT_ATTR_NODIRATIME, false),
-        "nosymfollow" => (libc::MOUNT_ATTR_NOSYMFOLLOW, true),
-        "symfollow" => (libc::MOUNT_ATTR_NOSYMFOLLOW, false),
-        "defaults" => (0, true),
-        _ => return None,
-    })
-}
-
-/// Options of runc's that need more than an attribute; they would be lost as file system data.
-fn is_refused(option: &str) -> bool {
-    const NAMES: [&str; 18] = [
-        "rro",
-        "rrw",
-        "rnosuid",
-        "rsuid",
-        "rnodev",
-        "rdev",
-        "rnoexec",
-        "rexec",
-        "rnoatime",
-        "ratime",
-        "rstrictatime",
-        "rrelatime",
-        "rnodiratime",
-        "rdiratime",
-        "rnosymfollow",
-        "rsymfollow",
-        "tmpcopyup",
-        "remount",
-    ];
-    NAMES.contains(&option) || option.starts_with("idmap") || option.starts_with("ridmap")
 }
 
 #[cfg(test)]
@@ -270,7 +279,7 @@ mod tests {
         assert_eq!(order, ["/proc", "/data/y", "/dev", "/etc/hosts", "/sys/fs/cgroup"]);
         assert_eq!(tree.binds[0].source, Path::new("/b/vol"));
         assert!(tree.binds[0].recursive && !tree.binds[1].recursive);
-        assert_eq!(tree.binds[0].attributes, libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID);
+        assert_eq!(tree.binds[0].own.of(0), libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID);
         assert_eq!((tree.binds[0].after_places, tree.binds[1].after_places), (1, 2));
         assert_eq!(tree.places.len(), 3);
         let Source::FileSystem { kind, options, .. } = &guest[2].source else { panic!() };
@@ -283,12 +292,35 @@ mod tests {
     }
 
     #[test]
-    fn later_options_win() {
-        let (tree, _) = planned(json!([
-            {"destination": "/a", "source": "/s", "options": ["bind", "ro", "noatime", "rw", "relatime"]}
+    fn a_remount_changes_the_mount_before_it() {
+        let (tree, guest) = planned(json!([
+            {"destination": "/a", "source": "/s", "options": ["bind", "noexec", "noatime"]},
+            {"destination": "/t", "type": "tmpfs", "options": ["nosuid"]},
+            {"destination": "/a/", "source": "none", "options": ["bind", "remount", "ro"]},
+            {"destination": "/t", "type": "tmpfs", "options": ["remount", "size=4k"]},
         ]))
         .unwrap();
-        assert_eq!(tree.binds[0].attributes, 0);
+        assert_eq!((tree.binds.len(), guest.len()), (1, 2));
+        assert_eq!(tree.binds[0].own.of(libc::MOUNT_ATTR_NODEV), 0x11);
+        assert_eq!(guest[1].attributes.own, 0);
+        assert!(matches!(&guest[1].source, Source::FileSystem { options, .. } if options == &["size=4k"]));
+    }
+
+    #[test]
+    fn ids_are_mapped_by_the_mounts_own_or_the_user_namespaces_mapping() {
+        let map = json!([{"containerID": 0, "hostID": 1000, "size": 5}, {"containerID": 9, "hostID": 9, "size": 1}]);
+        let bind = |options: Value| json!({"destination": "/a", "source": "/s", "options": options});
+        let mut mount = bind(json!(["rbind", "ridmap"]));
+        (mount["uidMappings"], mount["gidMappings"]) = (map.clone(), map.clone());
+        let (tree, _) = planned(json!([mount])).unwrap();
+        let ids = tree.binds[0].ids.clone().unwrap();
+        assert_eq!((ids.uids.as_str(), ids.recursive), ("0 1000 5\n9 9 1\n", true));
+        let user = spec(|v| {
+            v["mounts"] = json!([bind(json!(["bind", "idmap"]))]);
+            (v["linux"]["uidMappings"], v["linux"]["gidMappings"]) = (map.clone(), map);
+        });
+        let (tree, _) = plan(&user, Path::new("/r"), Path::new("/b")).unwrap();
+        assert_eq!(tree.binds[0].ids, Some(IdMap { recursive: false, ..ids }));
     }
 
     #[test]
@@ -299,7 +331,18 @@ mod tests {
             (json!({"destination": "/a", "options": ["bind"]}), "source"),
             (json!({"destination": "/a", "type": "nfs", "source": "x"}), "\"nfs\""),
             (json!({"destination": "/a", "source": "/s", "options": ["bind", "rshared"]}), "rshared"),
-            (json!({"destination": "/a", "source": "/s", "options": ["rbind", "rro"]}), "rro"),
+            (
+                json!({"destination": "/a", "source": "/s", "options": ["bind", "remount"]}),
+                "none before is at /a",
+            ),
+            (json!({"destination": "/a", "type": "mqueue", "options": ["tmpcopyup"]}), "tmpcopyup"),
+            (json!({"destination": "/a", "source": "/s", "options": ["bind", "idmap"]}), "uidMappings"),
+            (
+                json!({"destination": "/a", "source": "/s", "options": ["bind"],
+                       "uidMappings": [{"containerID": 0, "hostID": 0, "size": 1}]}),
+                "gidMappings: missing",
+            ),
+            (json!({"destination": "/a", "type": "overlay", "options": ["lowerdir=/x"]}), "\"overlay\""),
             (json!({"destination": "/a", "source": "/s", "options": ["bind", "size=3"]}), "size=3"),
             (json!({"destination": "/a", "source": "/s"}), "type"),
         ] {

@@ -33,6 +33,8 @@ const OTHER_SYSTEM: Support = Refused("this is a Linux runtime");
 const NO_LISTENER: Support =
     Refused("the filter runs in the guest's kernel, no descriptor of it can cross to the host");
 
+const ID_MAPS: &str = "binds of file systems that can be ID-mapped: not overlayfs, NFS, 9p";
+
 /// Every field, in the order in which people look for them.
 pub const FIELDS: &[Field] = &[
     field("ociVersion", Host).note("1.x"),
@@ -42,8 +44,9 @@ pub const FIELDS: &[Field] = &[
     field("mounts[].type", Both),
     field("mounts[].source", Host),
     field("mounts[].options", Both).note("see `mountOptions` of `a3s-box features`"),
-    field("mounts[].uidMappings", NOT_YET),
-    field("mounts[].gidMappings", NOT_YET),
+    field("mounts[].uidMappings", Host)
+        .note("bind mounts of file systems that can be ID-mapped: not overlayfs, NFS, 9p"),
+    field("mounts[].gidMappings", Host).note(ID_MAPS),
     field("process.args", Guest),
     field("process.env", Guest),
     field("process.cwd", Guest),

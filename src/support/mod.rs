@@ -151,10 +151,6 @@ mod tests {
                 "linux.resources.memory.swap 9",
             ),
             (json!({"linux": {"resources": {"blockIO": {"weight": 10}}}}), "linux.resources.blockIO"),
-            (
-                json!({"mounts": [{"destination": "/a"}, {"uidMappings": [{"hostID": 1}]}]}),
-                "mounts[1].uidMappings",
-            ),
             (json!({"linux": {"rootfsPropagation": "rshared"}}), "rootfsPropagation"),
             (json!({"linux": {"resources": {"devices": [{"allow": true, "access": "rwm"}]}}}), "devices[0]"),
             (json!({"process": {"terminal": true}}), "process.terminal true"),

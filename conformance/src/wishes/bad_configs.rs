@@ -152,7 +152,7 @@ pub const CONFIGS: &[Bad] = &[
     bad(
         "bad-input/an-id-mapped-mount",
         |c| c.set("/mounts/0/uidMappings", json!([{ "containerID": 0, "hostID": 1, "size": 1 }])),
-        &["mounts[0].uidMappings"],
+        &["mounts[0].gidMappings", "missing"],
     ),
     bad("bad-input/a-mount-of-unknown-type", |c| c.mount("/x", "nfs", "host:/x", &[]), &["mounts[7]", "nfs"]),
     bad(
@@ -171,9 +171,9 @@ pub const CONFIGS: &[Bad] = &[
         &["mounts[7]", "rshared"],
     ),
     bad(
-        "bad-input/a-recursively-read-only-bind",
+        "bad-input/the-hosts-procfs-in-a-bind",
         |c| c.mount("/x", "bind", "/", &["rbind", "rro"]),
-        &["mounts[7]", "rro"],
+        &["mount / to /x", "the procfs at /proc would open the VMM's own memory"],
     ),
     bad("bad-input/a-mount-over-the-root", |c| c.mount("/", "tmpfs", "tmpfs", &[]), &["mounts[7]"]),
     bad(

@@ -16,6 +16,7 @@ mod kill;
 mod lifecycle;
 mod listing;
 mod machine;
+mod mount_options;
 mod mounts;
 mod pause;
 mod resources;
@@ -39,6 +40,7 @@ pub fn all() -> Vec<Case> {
             streams::cases(),
             environment::cases(),
             mounts::cases(),
+            mount_options::cases(),
             kill::cases(),
             pause::cases(),
             death::cases(),

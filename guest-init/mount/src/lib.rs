@@ -5,18 +5,29 @@
 //! and the guest's containers both use this. In: descriptors and paths. Out: mounts. Must not: resolve a container's
 //! path any other way.
 
-use std::ffi::CString;
+mod copy;
+
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2};
-use rustix::io::Errno;
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::fs::{CWD, FileType, Mode, ResolveFlags, fstat, mkdirat, openat, openat2, readlinkat};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
 };
+
+pub use copy::copy_tree;
+pub use rustix::fs::OFlags;
+pub use rustix::io::Errno;
+
+/// How many links one path may lead through, as in the kernel.
+const LINKS: usize = 40;
+/// How often a walk is tried that the kernel gives up because something was renamed or mounted meanwhile.
+const RACES: usize = 128;
 
 /// A directory that bounds every path given to it.
 pub struct Root(OwnedFd);
@@ -43,52 +54,112 @@ impl Root {
 
     /// Opens a path as `O_PATH`, following symlinks as a process inside would.
     pub fn open(&self, path: &Path) -> Result<OwnedFd, Errno> {
+        self.open_as(path, OFlags::PATH)
+    }
+
+    /// The same with other flags. A directory that is opened to be read is one that virtiofs has mounted, where
+    /// `O_PATH` would stop before.
+    pub fn open_as(&self, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
         let path = path.strip_prefix("/").unwrap_or(path);
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        openat2(&self.0, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
+        let mut tries = 0..RACES;
+        loop {
+            match openat2(&self.0, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve) {
+                Err(Errno::AGAIN) if tries.next().is_some() => {}
+                result => return result,
+            }
+        }
     }
 
-    /// Opens a mount point, making what is missing: directories, and for a file's mount an empty file at the end.
-    pub fn place(&self, path: &Path, kind: Kind) -> Result<OwnedFd> {
+    /// Opens a mount point, making what is missing: directories, and for a file's mount an empty file at the end. A
+    /// link to nowhere is followed as it reads, inside the root.
+    pub fn place(&self, path: &Path, kind: Kind) -> Result<Place> {
         match self.open(path) {
             Err(Errno::NOENT) => {}
             Err(errno) => return Err(anyhow!("{}", errno_words(errno))),
-            Ok(found) => return fits(found, kind),
+            Ok(found) => return fits(found, kind, false),
         }
-        let names: Vec<_> = path.components().filter(|c| matches!(c, Component::Normal(_))).collect();
+        let mut path = path.to_path_buf();
+        for _ in 0..LINKS {
+            match self.make(&path, kind)? {
+                None => return fits(self.open(&path).context("open mount point")?, kind, true),
+                Some(other) => path = other,
+            }
+        }
+        bail!("too many levels of symbolic links")
+    }
+
+    /// Makes what is missing of a path, or says which path it means where a link to nowhere is in the way.
+    fn make(&self, path: &Path, kind: Kind) -> Result<Option<PathBuf>> {
+        let names: Vec<_> = path.components().filter(|c| !matches!(c, Component::RootDir)).collect();
         let mut done = PathBuf::new();
         for (index, name) in names.iter().enumerate() {
             let parent = self.open(&done).context("open parent")?;
+            let above = done.clone();
             done.push(name);
             if self.open(&done).is_ok() {
                 continue;
             }
-            let last = index + 1 == names.len();
-            let made = if last && kind == Kind::File {
-                let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::WRONLY;
-                openat(&parent, name.as_os_str(), flags, Mode::from_raw_mode(0o644)).map(drop)
-            } else {
-                mkdirat(&parent, name.as_os_str(), Mode::from_raw_mode(0o755))
-            };
-            made.map_err(|e| anyhow!("make mount point {}: {}", done.display(), errno_words(e)))?;
+            let name = name.as_os_str();
+            let made = make_one(&parent, name, if index + 1 == names.len() { kind } else { Kind::Directory });
+            match made {
+                Ok(()) => {}
+                Err(Errno::EXIST) => {
+                    // What is there now and no link was made by somebody else in this moment.
+                    let target = link_target(&parent, name).unwrap_or_else(|| name.into());
+                    let rest = names[index + 1..].iter().map(Path::new);
+                    return Ok(Some([above.as_path(), &target].into_iter().chain(rest).collect()));
+                }
+                Err(errno) => bail!("make mount point {}: {}", done.display(), errno_words(errno)),
+            }
         }
-        fits(self.open(path).context("open mount point")?, kind)
+        Ok(None)
+    }
+}
+
+fn make_one(parent: &OwnedFd, name: &OsStr, kind: Kind) -> Result<(), Errno> {
+    match kind {
+        Kind::Directory => mkdirat(parent, name, Mode::from_raw_mode(0o755)),
+        Kind::File => {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::WRONLY;
+            openat(parent, name, flags, Mode::from_raw_mode(0o644)).map(drop)
+        }
+    }
+}
+
+fn link_target(parent: &OwnedFd, name: &OsStr) -> Option<PathBuf> {
+    let target = readlinkat(parent, name, Vec::new()).ok()?;
+    Some(OsString::from_vec(target.into_bytes()).into())
+}
+
+/// A mount point.
+#[derive(Debug)]
+pub struct Place {
+    /// `O_PATH`
+    fd: OwnedFd,
+    /// Whether it was missing.
+    pub made: bool,
+}
+
+impl AsFd for Place {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
 impl AsFd for Root {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
-fn fits(found: OwnedFd, kind: Kind) -> Result<OwnedFd> {
+fn fits(found: OwnedFd, kind: Kind, made: bool) -> Result<Place> {
     let is_dir = is_directory(&found)?;
     match kind {
         Kind::Directory if !is_dir => Err(anyhow!("the mount point is not a directory")),
         Kind::File if is_dir => Err(anyhow!("the source is not a directory, the mount point is a directory")),
-        _ => Ok(found),
+        _ => Ok(Place { fd: found, made }),
     }
 }
 
@@ -122,18 +193,40 @@ pub fn open_path(path: &Path) -> Result<OwnedFd, Errno> {
     openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Sets `MOUNT_ATTR_*` bits (mount_setattr(2), which no library wraps); clears none but the atime mode it replaces.
+/// Sets `MOUNT_ATTR_*` bits; clears none but the atime mode it replaces.
 pub fn set_attributes(mount: impl AsFd, attributes: u64, recursive: bool) -> Result<()> {
-    if attributes == 0 {
+    change_attributes(mount, attributes, 0, recursive)
+}
+
+/// Clears `MOUNT_ATTR_*` bits, then sets others.
+pub fn change_attributes(mount: impl AsFd, set: u64, clear: u64, recursive: bool) -> Result<()> {
+    if set == 0 && clear == 0 {
         return Ok(());
     }
-    let atime = attributes & libc::MOUNT_ATTR__ATIME != 0;
-    let attr = libc::mount_attr {
-        attr_set: attributes,
-        attr_clr: if atime { libc::MOUNT_ATTR__ATIME } else { 0 },
-        propagation: 0,
-        userns_fd: 0,
-    };
+    // The access time's mode is one value in several bits: it is replaced as a whole.
+    let atime = (set | clear) & libc::MOUNT_ATTR__ATIME != 0;
+    let attr_clr = clear | if atime { libc::MOUNT_ATTR__ATIME } else { 0 };
+    setattr(mount, &libc::mount_attr { attr_set: set, attr_clr, ..UNCHANGED }, recursive)
+        .context("set mount attributes")
+}
+
+/// Sets the propagation: `MS_PRIVATE` and its like, with `MS_REC` for all mounts below.
+pub fn set_propagation(mount: impl AsFd, flags: u64) -> Result<()> {
+    let attr = libc::mount_attr { propagation: flags & !libc::MS_REC, ..UNCHANGED };
+    setattr(mount, &attr, flags & libc::MS_REC != 0).context("set mount propagation")
+}
+
+/// Shows owners as a user namespace maps them. The mount must be detached.
+pub fn map_ids(mount: impl AsFd, user_namespace: impl AsFd, recursive: bool) -> std::io::Result<()> {
+    let userns_fd = user_namespace.as_fd().as_raw_fd() as u64;
+    setattr(mount, &libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, userns_fd, ..UNCHANGED }, recursive)
+}
+
+const UNCHANGED: libc::mount_attr =
+    libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: 0, userns_fd: 0 };
+
+/// mount_setattr(2), which no library wraps.
+fn setattr(mount: impl AsFd, attr: &libc::mount_attr, recursive: bool) -> std::io::Result<()> {
     let path = CString::default();
     let depth = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is NUL-terminated, the attributes live until after the call and their size is given.
@@ -143,14 +236,11 @@ pub fn set_attributes(mount: impl AsFd, attributes: u64, recursive: bool) -> Res
             mount.as_fd().as_raw_fd(),
             path.as_ptr(),
             libc::AT_EMPTY_PATH | depth,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             size_of::<libc::mount_attr>(),
         )
     };
-    if result < 0 {
-        return Err(std::io::Error::last_os_error()).context("set mount attributes");
-    }
-    Ok(())
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// A detached mount of a new file system. Options are `key=value` or flags, as fsconfig(2) takes them.
@@ -202,6 +292,22 @@ mod tests {
         assert!(rootfs.join("real/x/y").is_file());
         let wrong = root.place(Path::new("real/x/y"), Kind::Directory).unwrap_err().to_string();
         assert!(wrong.contains("not a directory"), "{wrong}");
+        std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn links_to_nowhere_are_followed_inside_and_loops_end() {
+        let base = std::env::temp_dir().join(format!("a3s-box-links-{}", std::process::id()));
+        std::fs::create_dir_all(base.join("a")).unwrap();
+        for (target, link) in [("/run", "a/absolute"), ("../up", "a/relative"), ("b", "c"), ("c/x", "b")] {
+            symlink(target, base.join(link)).unwrap();
+        }
+        let root = Root::new(File::open(&base).unwrap());
+        assert!(root.place(Path::new("a/absolute/secrets"), Kind::Directory).unwrap().made);
+        assert!(!root.place(Path::new("run/secrets"), Kind::Directory).unwrap().made);
+        assert!(root.place(Path::new("a/relative"), Kind::File).unwrap().made);
+        assert!(base.join("run/secrets").is_dir() && base.join("up").is_file());
+        assert!(root.place(Path::new("b/d"), Kind::Directory).is_err());
         std::fs::remove_dir_all(base).unwrap();
     }
 }

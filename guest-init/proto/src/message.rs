@@ -77,8 +77,10 @@ pub struct Container {
     pub id: String,
     /// Its root file system, below the exported tree's root.
     pub rootfs: PathBuf,
-    /// Whether the root is remounted read-only once all mount points exist.
-    pub readonly: bool,
+    /// The root's attributes, set once all mount points exist.
+    pub attributes: Attributes,
+    /// The root's propagation: `MS_*` of mount(2), 0 for private.
+    pub propagation: u64,
     /// UTS host name, if any was given.
     pub hostname: Option<String>,
     /// UTS domain name, if any was given.
@@ -177,8 +179,20 @@ pub struct Mount {
     pub destination: PathBuf,
     /// What.
     pub source: Source,
-    /// `MOUNT_ATTR_*` bits to set (mount_setattr(2)).
-    pub attributes: u64,
+    /// What to set on it.
+    pub attributes: Attributes,
+    /// `MS_*` of mount(2), 0 for private.
+    pub propagation: u64,
+}
+
+/// `MOUNT_ATTR_*` bits to set (mount_setattr(2)).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attributes {
+    /// On the mount itself.
+    pub own: u64,
+    /// On mounts of the host's below it, by their path in it, parents first: they may differ from its own.
+    pub below: Vec<(PathBuf, u64)>,
 }
 
 /// What is mounted.
@@ -187,6 +201,8 @@ pub struct Mount {
 pub enum Source {
     /// A place in the exported tree, below its root.
     Export(PathBuf),
+    /// A device of the guest's own, by its path below the guest's root.
+    Device(PathBuf),
     /// A file system of the guest's own.
     FileSystem {
         /// Type as the kernel knows it.
@@ -195,6 +211,8 @@ pub enum Source {
         name: String,
         /// `key=value` and flag options for fsconfig(2).
         options: Vec<String>,
+        /// Whether it starts with a copy of what lies at its destination.
+        copy_up: bool,
     },
 }
 
@@ -298,7 +316,8 @@ mod tests {
         Container {
             id: "c1".into(),
             rootfs: "c/rootfs".into(),
-            readonly: true,
+            attributes: Attributes { own: 1, below: vec![("data".into(), 0)] },
+            propagation: 1 << 17,
             hostname: Some("box".into()),
             domainname: None,
             mounts: vec![
@@ -308,13 +327,22 @@ mod tests {
                         kind: "proc".into(),
                         name: "proc".into(),
                         options: vec!["hidepid=2".into()],
+                        copy_up: false,
                     },
-                    attributes: 6,
+                    attributes: Attributes { own: 6, below: vec![] },
+                    propagation: 0,
                 },
                 Mount {
                     destination: "/etc/hosts".into(),
                     source: Source::Export("c/1".into()),
-                    attributes: 0,
+                    attributes: Attributes::default(),
+                    propagation: 0,
+                },
+                Mount {
+                    destination: "/null".into(),
+                    source: Source::Device("dev/null".into()),
+                    attributes: Attributes::default(),
+                    propagation: 0,
                 },
             ],
             limits: vec![("pids.max".into(), "64".into())],
