@@ -87,7 +87,7 @@ fn features(world: &'static World) -> Result<()> {
     );
     let namespaces = document["linux"]["namespaces"].as_array().context("no namespaces")?;
     ensure!(namespaces.contains(&json!("pid")) && !namespaces.contains(&json!("user")), "{namespaces:?}");
-    same(&document["linux"]["mountExtensions"]["idmap"]["enabled"], &json!(false))?;
+    same(&document["linux"]["mountExtensions"]["idmap"]["enabled"], &json!(true))?;
     let known = |name: &str| name.starts_with("CAP_") && !name.starts_with("CAP_CAP_");
     let capabilities = document["linux"]["capabilities"].as_array().context("no capabilities")?;
     ensure!(capabilities.iter().all(|name| name.as_str().is_some_and(known)), "{capabilities:?}");
