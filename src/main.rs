@@ -1,7 +1,7 @@
 //! a3s-box: an OCI runtime in which every container runs in its own libkrun microVM.
 //!
 //! # Layout
-//! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] → [`store`].
+//! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] (with [`seccomp`]) → [`store`].
 //! Intent into processes: [`monitor`] (the container's pid) → [`hooks`], [`jail`], [`cgroup`] → [`vmm`] →
 //! [`krun`]; [`proxy`] (the pid of a detached `exec`).
 //! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`].
@@ -24,6 +24,7 @@ mod monitor;
 mod plan;
 mod proxy;
 mod relay;
+mod seccomp;
 mod stdio;
 mod store;
 mod support;

@@ -7,7 +7,7 @@
 //! - [`stdio`]: the guest's ends of one process's streams.
 //! - [`container`]: one container: its processes, state and cgroup.
 //! - [`rootfs`]: mounts of a container, in its own mount namespace.
-//! - [`process`]: from clone to execve.
+//! - [`process`]: from clone to execve; [`seccomp`]: the filter on its way.
 //! - [`reap`]: exits, and when they may be told.
 //!
 //! In: requests on the control port. Out: processes, their bytes, their exit statuses. Must not: write to the
@@ -20,6 +20,7 @@ mod container;
 mod process;
 mod reap;
 mod rootfs;
+mod seccomp;
 mod serve;
 mod stdio;
 

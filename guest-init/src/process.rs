@@ -13,7 +13,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use a3s_box_hook::{Setting, Watch};
-use a3s_box_proto::{Hook, Process};
+use a3s_box_proto::{Hook, Process, Seccomp};
 use anyhow::{Context, Result, anyhow, bail};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
@@ -21,6 +21,7 @@ use nix::sys::signal::SigSet;
 use nix::unistd::{Gid, Pid, Uid};
 use serde_json::Value;
 
+use crate::seccomp;
 use crate::stdio::Ends;
 
 const STATUS: RawFd = 3;
@@ -92,11 +93,19 @@ pub fn arrange(ends: Ends, pipes: Pipes) -> Story {
     Story(unsafe { File::from_raw_fd(STATUS) })
 }
 
-/// Becomes the workload, or tells why not. With `start`, waits for the start byte just before execve, and then runs
-/// these hooks with this state.
-pub fn become_workload(process: &Process, mut story: Story, start: Option<(&[Hook], &Value)>) -> ! {
-    let error = match prepare(process).and_then(|command| wait_gate(command, &mut story, start)) {
-        Ok(command) => match command.run() {
+/// Becomes the workload under the container's `filter`, or tells why not. With `start`, waits for the start byte just
+/// before execve, and then runs these hooks with this state.
+pub fn become_workload(
+    process: &Process,
+    filter: Option<&Seccomp>,
+    mut story: Story,
+    start: Option<(&[Hook], &Value)>,
+) -> ! {
+    // Under no_new_privs anybody may load a filter: as the last step, so that it sees the workload alone. Without, it
+    // takes a privilege that goes with the capabilities, and the steps from there on need the filter's leave.
+    let (early, late) = if process.no_new_privileges { (None, filter) } else { (filter, None) };
+    let error = match prepare(process, early).and_then(|command| wait_gate(command, &mut story, start)) {
+        Ok(command) => match late.map_or(Ok(()), seccomp::load).and_then(|()| command.run()) {
             Ok(never) => match never {},
             Err(error) => error,
         },
@@ -154,7 +163,7 @@ pub fn words(errno: Errno) -> String {
     }
 }
 
-fn prepare(process: &Process) -> Result<Command> {
+fn prepare(process: &Process, filter: Option<&Seccomp>) -> Result<Command> {
     // Fails only for a process that leads a session already.
     let _ = nix::unistd::setsid();
     own_streams(process.uid);
@@ -163,6 +172,7 @@ fn prepare(process: &Process) -> Result<Command> {
         std::fs::write("/proc/self/oom_score_adj", score.to_string()).context("process.oomScoreAdj")?;
     }
     let entered = nix::unistd::chdir(&process.cwd);
+    filter.map_or(Ok(()), seccomp::load)?;
     become_user(process)?;
     // Root may be kept out of a directory that the user may enter, and the other way round.
     if let Err(errno) = entered.or_else(|_| nix::unistd::chdir(&process.cwd)) {

@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::cli::{self, MatrixFormat};
+use crate::seccomp;
 use crate::support::{honoured, is_honoured};
 
 /// Newest runtime-spec version that is understood.
@@ -21,6 +22,7 @@ pub fn features(args: &cli::Features) -> Result<i32> {
 }
 
 fn document() -> Result<String> {
+    let known_flags = [&seccomp::FLAGS[..], &[seccomp::LISTENER_FLAG]].concat();
     let document = json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": SPEC_VERSION,
@@ -30,7 +32,14 @@ fn document() -> Result<String> {
             "namespaces": honoured("linux.namespaces[].type="),
             "capabilities": capabilities(),
             "cgroup": { "v1": true, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
-            "seccomp": { "enabled": false },
+            "seccomp": {
+                "enabled": is_honoured("linux.seccomp.defaultAction"),
+                "actions": seccomp::ACTIONS,
+                "operators": seccomp::OPERATORS,
+                "archs": seccomp::architectures(),
+                "knownFlags": known_flags,
+                "supportedFlags": seccomp::FLAGS
+            },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": is_honoured("linux.intelRdt") },

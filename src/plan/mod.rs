@@ -66,6 +66,7 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
     let namespaces = namespaces(spec)?;
     let (tree, mounts) = mounts::plan(spec, rootfs, bundle)?;
     let linux = spec.linux().as_ref();
+    let profile = linux.and_then(|linux| linux.seccomp().as_ref());
     let process =
         spec.process().as_ref().context("process: config.json has none, there is nothing to run")?;
     let hooks = hooks::plan(spec)?;
@@ -81,6 +82,7 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
         limits: vm::guest_limits(spec)?,
         masked_paths: paths(linux.and_then(|linux| linux.masked_paths().as_ref())),
         readonly_paths: paths(linux.and_then(|linux| linux.readonly_paths().as_ref())),
+        seccomp: profile.map(crate::seccomp::compile).transpose()?,
         process: process::plan(process)?,
         hooks: hooks.start_container.clone(),
         state: hooks::state(spec.version(), id, bundle, &annotations),

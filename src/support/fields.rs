@@ -1,7 +1,8 @@
 //! The table itself: every property of runtime-spec 1.3's config.json.
 //!
 //! A row covers what lies below its path; no row lies below another. `[]` stands for any element, and a row
-//! `path=value` for one value of a field whose values fare differently (such a field has a row for each value).
+//! `path=value` for one value of a field: of one that has a row too, for a value that fares otherwise; of one that has
+//! none, each value that there is.
 
 use super::Support::{self, Both, Guest, Host, Ignored, Refused};
 
@@ -108,11 +109,17 @@ pub const FIELDS: &[Field] = &[
     field("linux.mountLabel", NO_LSM),
     field("linux.sysctl", NOT_YET),
     field("linux.personality", NOT_YET),
-    field("linux.seccomp.defaultAction", NOT_YET),
-    field("linux.seccomp.defaultErrnoRet", NOT_YET),
-    field("linux.seccomp.architectures", NOT_YET),
-    field("linux.seccomp.flags", NOT_YET),
-    field("linux.seccomp.syscalls", NOT_YET),
+    field("linux.seccomp.defaultAction", Guest),
+    field("linux.seccomp.defaultErrnoRet", Guest),
+    field("linux.seccomp.architectures", Guest),
+    field("linux.seccomp.flags[]", Guest),
+    field("linux.seccomp.syscalls[].names", Guest).note("unknown ones are skipped, as runc does"),
+    field("linux.seccomp.syscalls[].action", Guest),
+    field("linux.seccomp.syscalls[].errnoRet", Guest),
+    field("linux.seccomp.syscalls[].args", Guest),
+    field("linux.seccomp.defaultAction=SCMP_ACT_NOTIFY", NO_LISTENER),
+    field("linux.seccomp.syscalls[].action=SCMP_ACT_NOTIFY", NO_LISTENER),
+    field("linux.seccomp.flags[]=SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV", NO_LISTENER),
     field("linux.seccomp.listenerPath", NO_LISTENER),
     field("linux.seccomp.listenerMetadata", NO_LISTENER),
     field("linux.intelRdt", NOT_YET),

@@ -104,18 +104,17 @@ fn walk(value: &Value, shown: &str, path: &str, warnings: &mut Vec<String>) -> R
     Ok(())
 }
 
-/// The row for the path, or for this value of it. A value that has no row where others have is none.
+/// The row for this value of the path, else for the path. Where there are values alone, another value is none.
 fn lookup(path: &str, value: &Value) -> Option<Support> {
     let word = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let mut values = FIELDS
+    let values: Vec<_> = FIELDS
         .iter()
         .filter_map(|field| Some((field.path.strip_prefix(path)?.strip_prefix('=')?, field.support)))
-        .peekable();
-    if values.peek().is_some() {
-        let known = values.find(|(known, _)| *known == word);
-        return Some(known.map_or(Refused("there is no such value"), |(_, support)| support));
-    }
-    FIELDS.iter().find(|field| field.path == path).map(|field| field.support)
+        .collect();
+    let value = values.iter().find(|(known, _)| *known == word).map(|(_, support)| *support);
+    let whole = || FIELDS.iter().find(|field| field.path == path).map(|field| field.support);
+    let none = (!values.is_empty()).then_some(Refused("there is no such value"));
+    value.or_else(whole).or(none)
 }
 
 /// Absent, or as good as absent.
@@ -155,6 +154,14 @@ mod tests {
             (json!({"linux": {"resources": {"devices": [{"allow": true, "access": "rwm"}]}}}), "devices[0]"),
             (json!({"process": {"terminal": true}}), "process.terminal true"),
             (
+                json!({"linux": {"seccomp": {"syscalls": [{"names": ["a"]}, {"action": "SCMP_ACT_NOTIFY"}]}}}),
+                "linux.seccomp.syscalls[1].action \"SCMP_ACT_NOTIFY\": the filter runs in the guest's kernel",
+            ),
+            (
+                json!({"linux": {"seccomp": {"listenerPath": "/run/agent"}}}),
+                "linux.seccomp.listenerPath \"/run/agent\"",
+            ),
+            (
                 json!({"linux": {"namespaces": [{"type": "pid"}, {"type": "x"}]}}),
                 "linux.namespaces[1].type \"x\"",
             ),
@@ -171,7 +178,7 @@ mod tests {
             let covers = |field: &&fields::Field| {
                 let shorter = |rest: &str| rest.is_empty() || rest.starts_with(['.', '[']);
                 path.strip_prefix(field.path).is_some_and(shorter)
-                    || field.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('='))
+                    || field.path.strip_prefix(path).is_some_and(|rest| rest == "[]" || rest.starts_with('='))
             };
             assert!(FIELDS.iter().any(|field| covers(&field)), "{path} has no row");
         }
@@ -184,7 +191,7 @@ mod tests {
                 let below = other
                     .path
                     .strip_prefix(field.path)
-                    .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[', '=']));
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']));
                 assert!(!below, "rows {index} {} and {other_index} {}", field.path, other.path);
             }
         }

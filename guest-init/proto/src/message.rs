@@ -93,6 +93,8 @@ pub struct Container {
     pub masked_paths: Vec<PathBuf>,
     /// Paths made read-only in the container.
     pub readonly_paths: Vec<PathBuf>,
+    /// Filter of the system calls of every process of the container, if one was given.
+    pub seccomp: Option<Seccomp>,
     /// The container's first process.
     pub process: Process,
     /// `startContainer` hooks: run before the first process's program, by that process, as its user.
@@ -141,6 +143,19 @@ pub struct Process {
     pub no_new_privileges: bool,
     /// Value for oom_score_adj, if one was given.
     pub oom_score_adj: Option<i32>,
+}
+
+/// Most instructions that the kernel takes in one filter (BPF_MAXINSNS).
+pub const MAX_FILTER: usize = 4096;
+
+/// A seccomp filter as seccomp(2) takes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Seccomp {
+    /// `SECCOMP_FILTER_FLAG_*`
+    pub flags: u32,
+    /// One `struct sock_filter` each, from the low bits up: code (16), jt (8), jf (8), k (32).
+    pub program: Vec<u64>,
 }
 
 /// A resource limit (getrlimit(2)).
@@ -348,6 +363,7 @@ mod tests {
             limits: vec![("pids.max".into(), "64".into())],
             masked_paths: vec!["/proc/kcore".into()],
             readonly_paths: vec![],
+            seccomp: Some(Seccomp { flags: 2, program: vec![u64::MAX; MAX_FILTER] }),
             process: process(),
             hooks: vec![Hook { path: "/bin/hook".into(), env: Some(vec![]), ..Hook::default() }],
             state: serde_json::json!({ "id": "c1", "annotations": { "a": "b" } }),

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use a3s_box_proto::{self as proto, Process, ProcessInfo};
+use a3s_box_proto::{self as proto, Process, ProcessInfo, Seccomp};
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -46,6 +46,8 @@ pub struct Container {
     gate: Option<OwnedFd>,
     pidfd: OwnedFd,
     cgroup: Cgroup,
+    /// Binds further processes as it does the first.
+    seccomp: Option<Seccomp>,
     /// Held until the container is forgotten. If its last process took the namespace along, virtiofs submounts would
     /// go while their files' releases are still under way, and the guest kernel stops at "Busy inodes after unmount".
     mounts: Option<File>,
@@ -72,7 +74,12 @@ pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
         Side::Child => {
             let story = arrange(ends, Pipes { status: child_status, gate: Some(child_gate) });
             match build(spec, &cgroup) {
-                Ok(()) => become_workload(&spec.process, story, Some((&spec.hooks, &spec.state))),
+                Ok(()) => become_workload(
+                    &spec.process,
+                    spec.seccomp.as_ref(),
+                    story,
+                    Some((&spec.hooks, &spec.state)),
+                ),
                 Err(error) => story.fail(&error),
             }
         }
@@ -83,6 +90,7 @@ pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
         gate: Some(gate),
         pidfd: pidfd_open(pid)?,
         cgroup,
+        seccomp: spec.seccomp.clone(),
         mounts: File::open(format!("/proc/{pid}/ns/mnt")).ok(),
     };
     Ok((container, Born { pid, stdio, status }))
@@ -127,7 +135,7 @@ impl Container {
                     let joined = limits::join(&doors);
                     let story = arrange(ends, Pipes { status: child_status, gate: None });
                     match joined {
-                        Ok(()) => become_workload(process, story, None),
+                        Ok(()) => become_workload(process, self.seccomp.as_ref(), story, None),
                         Err(error) => story.fail(&error),
                     }
                 }
