@@ -1,6 +1,6 @@
 //! config.json files that cannot be run, and why: the table behind `bad-input`.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::config::Config;
 
@@ -16,6 +16,10 @@ pub struct Bad {
 
 const fn bad(name: &'static str, change: fn(Config) -> Config, words: &'static [&'static str]) -> Bad {
     Bad { name, change, words }
+}
+
+fn seccomp(rule: Value) -> Value {
+    json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule] })
 }
 
 /// Every one of them, refused before or after its VM has booted.
@@ -82,9 +86,62 @@ pub const CONFIGS: &[Bad] = &[
         &["hooks.poststop[0].timeout", "0"],
     ),
     bad(
-        "bad-input/seccomp",
-        |c| c.set("/linux/seccomp", json!({ "defaultAction": "SCMP_ACT_ALLOW" })),
-        &["linux.seccomp"],
+        "bad-input/seccomp-that-notifies",
+        |c| c.set("/linux/seccomp", json!({ "defaultAction": "SCMP_ACT_NOTIFY" })),
+        &["linux.seccomp.defaultAction \"SCMP_ACT_NOTIFY\"", "no descriptor"],
+    ),
+    bad(
+        "bad-input/a-seccomp-rule-that-notifies",
+        |c| c.set("/linux/seccomp", seccomp(json!({ "names": ["sync"], "action": "SCMP_ACT_NOTIFY" }))),
+        &["linux.seccomp.syscalls[0].action \"SCMP_ACT_NOTIFY\"", "no descriptor"],
+    ),
+    bad(
+        "bad-input/a-seccomp-listener",
+        |c| {
+            c.set("/linux/seccomp/defaultAction", json!("SCMP_ACT_ALLOW"))
+                .set("/linux/seccomp/listenerPath", json!("/run/agent.sock"))
+        },
+        &["linux.seccomp.listenerPath \"/run/agent.sock\"", "no descriptor"],
+    ),
+    bad(
+        "bad-input/a-seccomp-flag-for-listeners",
+        |c| {
+            c.set("/linux/seccomp/defaultAction", json!("SCMP_ACT_ALLOW"))
+                .set("/linux/seccomp/flags", json!(["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]))
+        },
+        &["linux.seccomp.flags[0] \"SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV\""],
+    ),
+    bad(
+        "bad-input/an-errno-for-a-seccomp-action-without",
+        |c| {
+            c.set(
+                "/linux/seccomp",
+                seccomp(json!({ "names": ["sync"], "action": "SCMP_ACT_KILL", "errnoRet": 5 })),
+            )
+        },
+        &["linux.seccomp.syscalls[0]", "SCMP_ACT_KILL", "errno"],
+    ),
+    bad(
+        "bad-input/a-seventh-argument-in-seccomp",
+        |c| {
+            let argument = json!({ "index": 6, "value": 0, "op": "SCMP_CMP_EQ" });
+            let rule = json!({ "names": ["sync"], "action": "SCMP_ACT_KILL", "args": [argument] });
+            c.set("/linux/seccomp", seccomp(rule))
+        },
+        &["linux.seccomp.syscalls[0]", "index 6"],
+    ),
+    bad(
+        "bad-input/a-seccomp-architecture-of-another-byte-order",
+        |c| {
+            c.set("/linux/seccomp/defaultAction", json!("SCMP_ACT_ALLOW"))
+                .set("/linux/seccomp/architectures", json!(["SCMP_ARCH_S390X"]))
+        },
+        &["linux.seccomp.architectures", "SCMP_ARCH_S390X"],
+    ),
+    bad(
+        "bad-input/an-unknown-seccomp-action",
+        |c| c.set("/linux/seccomp", json!({ "defaultAction": "SCMP_ACT_NONSENSE" })),
+        &["linux", "SCMP_ACT_NONSENSE"],
     ),
     bad(
         "bad-input/devices",

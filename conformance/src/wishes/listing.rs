@@ -48,6 +48,8 @@ pub fn cases() -> Vec<Case> {
     vec![
         wish(At::All, "version/in-runcs-form", version),
         wish(At::All, "features/json-that-depends-on-nothing", features),
+        wish(At::Local, "features/seccomp-is-what-the-guest-can-filter", seccomp),
+        wish(At::Local, "features/a-matrix-of-every-field", matrix),
         wish(At::Both, "check/answers", check),
         wish(At::Both, "checkpoint/and-restore-are-refused-at-once", checkpoint),
         wish(At::Local, "spec/writes-a-config-that-runs", spec),
@@ -94,6 +96,42 @@ fn features(world: &'static World) -> Result<()> {
     let unsafe_prefixes = document["potentiallyUnsafeConfigAnnotations"].as_array().context("no prefixes")?;
     ensure!(unsafe_prefixes.contains(&json!("a3s.box/")), "{unsafe_prefixes:?}");
     same(&world.ok(&["features"])?.stdout, &output.stdout)
+}
+
+/// features-linux.md, "Seccomp".
+fn seccomp(world: &'static World) -> Result<()> {
+    let document: Value = serde_json::from_slice(&world.ok(&["features"])?.stdout)?;
+    let seccomp = &document["linux"]["seccomp"];
+    same(&seccomp["enabled"], &json!(true))?;
+    let has = |list: &str, name: &str| seccomp[list].as_array().is_some_and(|all| all.contains(&json!(name)));
+    for (list, name, expected) in [
+        ("actions", "SCMP_ACT_ERRNO", true),
+        ("actions", "SCMP_ACT_KILL_PROCESS", true),
+        ("actions", "SCMP_ACT_NOTIFY", false),
+        ("operators", "SCMP_CMP_MASKED_EQ", true),
+        ("archs", "SCMP_ARCH_X86_64", true),
+        ("archs", "SCMP_ARCH_S390X", false),
+        ("knownFlags", "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV", true),
+        ("supportedFlags", "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV", false),
+        ("supportedFlags", "SECCOMP_FILTER_FLAG_LOG", true),
+    ] {
+        ensure!(has(list, name) == expected, "{list}: {name} in {}", seccomp[list]);
+    }
+    Ok(())
+}
+
+fn matrix(world: &'static World) -> Result<()> {
+    let text = world.ok(&["features", "--matrix"])?.text();
+    let table = world.ok(&["features", "--matrix", "--format", "markdown"])?.text();
+    let refused = |line: &str| {
+        line.contains("linux.seccomp.{listenerPath, listenerMetadata}") && line.contains("refused")
+    };
+    ensure!(text.lines().any(refused) && table.lines().any(refused), "{text}");
+    ensure!(table.lines().all(|line| line.starts_with('|') && line.ends_with('|')), "{table}");
+    same(&table.lines().count(), &(text.lines().count() + 2))?;
+    let output = world.call(&["features", "--format", "markdown"])?;
+    ensure!(output.code != 0 && output.stderr.contains("--matrix"), "{}: {:?}", output.code, output.stderr);
+    Ok(())
 }
 
 fn check(world: &'static World) -> Result<()> {

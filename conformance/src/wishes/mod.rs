@@ -21,6 +21,7 @@ mod mounts;
 mod pause;
 mod resources;
 mod run;
+mod seccomp;
 mod streams;
 
 use crate::cases::{At, Case, sharing};
@@ -46,6 +47,7 @@ pub fn all() -> Vec<Case> {
             death::cases(),
             identity::cases(),
             resources::cases(),
+            seccomp::cases(),
             listing::cases(),
             bad_input::cases(),
             calling::cases(),
