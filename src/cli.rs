@@ -37,10 +37,10 @@ pub struct Global {
     /// Log what is done, with the boot's phases and their times
     #[arg(long)]
     pub debug: bool,
-    /// Use systemd's cgroup driver (not supported by `create` and `run`; other verbs need no driver)
+    /// Have systemd make the cgroup, a transient scope: linux.cgroupsPath is `slice:prefix:name`
     #[arg(long)]
     pub systemd_cgroup: bool,
-    /// Which cgroup driver to use
+    /// Which cgroup driver `create` and `run` use; other verbs find it in the state
     #[arg(long, value_enum)]
     pub cgroup_manager: Option<CgroupManager>,
     /// Accepted for compatibility: true, false or auto

@@ -27,7 +27,6 @@ use nix::sys::socket::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::cgroup::Cgroup;
 use crate::console::Console;
 use crate::guest::{self, Connection, NotReady};
 use crate::hooks;
@@ -85,8 +84,8 @@ pub struct Handle {
     channel: OwnedFd,
 }
 
-/// Clones a monitor. `dir` is the container's directory.
-pub fn spawn(plan: Plan, dir: &Path, cgroup: &Cgroup) -> Result<Handle> {
+/// Clones a monitor, which waits to be told to go on. `dir` is the container's directory.
+pub fn spawn(plan: Plan, dir: &Path) -> Result<Handle> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .context("socketpair")?;
     let joined = Joined::open(&plan)?;
@@ -108,7 +107,7 @@ pub fn spawn(plan: Plan, dir: &Path, cgroup: &Cgroup) -> Result<Handle> {
             let kept: Vec<_> =
                 joined.0.iter().map(|(_, fd, _)| fd.as_raw_fd()).chain([theirs.as_raw_fd()]).collect();
             jail::keep_only(&kept);
-            let status = live(plan, dir, cgroup, joined, theirs);
+            let status = live(plan, dir, joined, theirs);
             // SAFETY: _exit takes any status and does not return; no exit handler of the parent's may run here.
             unsafe { libc::_exit(status) }
         }
@@ -187,8 +186,9 @@ impl Handle {
         Ok((serde_json::from_slice(&buffer[..n]).context("the monitor's report")?, pid))
     }
 
-    /// Tells the monitor that its report [`Report::Environment`] or [`Report::Ready`] was acted on.
-    pub fn acknowledge(&self) -> Result<()> {
+    /// Lets the monitor go on: once it is in its cgroup, and once its report [`Report::Environment`] or
+    /// [`Report::Ready`] was acted on.
+    pub fn go_on(&self) -> Result<()> {
         nix::sys::socket::send(self.channel.as_raw_fd(), b"n", MsgFlags::MSG_NOSIGNAL)
             .context("tell the monitor")?;
         Ok(())
@@ -233,8 +233,9 @@ impl Reporter {
         let _ = sendmsg::<()>(self.0.as_raw_fd(), &slices, control, MsgFlags::MSG_NOSIGNAL, None);
     }
 
-    /// Waits until the caller has acted on a report; one that ends before leaves nobody to start the container.
-    fn is_acknowledged(&self) -> bool {
+    /// Waits for the caller's [`Handle::go_on`]; false where the caller is gone, and with it who would start or
+    /// delete the container.
+    fn may_go_on(&self) -> bool {
         let mut byte = [0u8; 1];
         matches!(nix::sys::socket::recv(self.0.as_raw_fd(), &mut byte, MsgFlags::empty()), Ok(1))
     }
@@ -245,9 +246,13 @@ impl Reporter {
 }
 
 /// The monitor's life. Returns its exit status.
-fn live(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, channel: OwnedFd) -> i32 {
+fn live(plan: Plan, dir: &Path, joined: Joined, channel: OwnedFd) -> i32 {
     let reporter = Reporter(channel);
-    let born = prepare(plan, dir, cgroup, joined, &reporter).and_then(|mut stage| {
+    // Not a process is started, nor memory taken, before this one is in its cgroup.
+    if !reporter.may_go_on() {
+        return 1;
+    }
+    let born = prepare(plan, dir, joined, &reporter).and_then(|mut stage| {
         let connection = stage.create(&reporter)?;
         Ok((stage, connection))
     });
@@ -259,7 +264,7 @@ fn live(plan: Plan, dir: &Path, cgroup: &Cgroup, joined: Joined, channel: OwnedF
         }
     };
     reporter.send(&Report::Ready, None);
-    if !reporter.is_acknowledged() {
+    if !reporter.may_go_on() {
         return 1;
     }
     drop(reporter);
@@ -285,15 +290,8 @@ struct Stage {
     request: Request,
 }
 
-fn prepare(
-    mut plan: Plan,
-    dir: &Path,
-    cgroup: &Cgroup,
-    joined: Joined,
-    reporter: &Reporter,
-) -> Result<Stage> {
+fn prepare(mut plan: Plan, dir: &Path, joined: Joined, reporter: &Reporter) -> Result<Stage> {
     nix::unistd::setsid().context("session")?;
-    cgroup.join()?;
     joined.enter()?;
     jail::make_slave()?;
     if plan.namespaces.uts == Namespace::New
@@ -333,7 +331,7 @@ fn prepare(
 /// still, its namespaces are the container's.
 fn run_hooks(list: &[Hook], state: &Value, rootfs: &Path, reporter: &Reporter) -> Result<()> {
     reporter.send(&Report::Environment, None);
-    if !reporter.is_acknowledged() {
+    if !reporter.may_go_on() {
         bail!("create was given up");
     }
     hooks::in_container(list, state, rootfs, reporter.0.as_fd())

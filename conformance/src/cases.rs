@@ -24,14 +24,17 @@ pub enum At {
     Both,
     /// At both, and in the smoke test.
     All,
+    /// Where they are VMs on a host that systemd runs.
+    Systemd,
 }
 
 impl At {
     fn holds(self, level: Level) -> bool {
         match level {
-            Level::Local => self != At::Vm,
-            Level::Vm => self != At::Local,
+            Level::Local => matches!(self, At::Local | At::Both | At::All),
+            Level::Vm => matches!(self, At::Vm | At::Both | At::All),
             Level::Smoke => self == At::All,
+            Level::Systemd => self == At::Systemd,
         }
     }
 }

@@ -50,8 +50,19 @@ impl Container {
 
     /// The same, with another input.
     pub fn with_input(world: &'static World, bundle: PathBuf, input: Stdio) -> Result<Self> {
+        Self::make(world, &[], bundle, input)
+    }
+
+    /// Creates and starts a container, by `create` with these flags before it.
+    pub fn flagged(world: &'static World, flags: &[&str], config: &Config) -> Result<Self> {
+        let container = Self::make(world, flags, world.bundle(config)?, Stdio::null())?;
+        container.start()?;
+        Ok(container)
+    }
+
+    fn make(world: &'static World, flags: &[&str], bundle: PathBuf, input: Stdio) -> Result<Self> {
         let id = world.name("c");
-        let mut command = create_command(world, &bundle, &id);
+        let mut command = flagged_create(world, flags, &bundle, &id);
         command
             .stdin(input)
             .stdout(File::create(bundle.join("out"))?)
@@ -165,15 +176,13 @@ impl Container {
 
 /// `create` with a pid file, without its streams.
 pub fn create_command(world: &World, bundle: &Path, id: &str) -> Command {
-    let pid_file = bundle.join("pid");
-    world.command(&[
-        "create",
-        "--bundle",
-        &bundle.to_string_lossy(),
-        "--pid-file",
-        &pid_file.to_string_lossy(),
-        id,
-    ])
+    flagged_create(world, &[], bundle, id)
+}
+
+fn flagged_create(world: &World, flags: &[&str], bundle: &Path, id: &str) -> Command {
+    let (dir, pid_file) = (bundle.to_string_lossy(), bundle.join("pid"));
+    let create = ["create", "--bundle", &dir, "--pid-file", &pid_file.to_string_lossy(), id];
+    world.command(&[flags, &create].concat())
 }
 
 impl Drop for Container {

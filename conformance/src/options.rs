@@ -7,12 +7,12 @@ use anyhow::{Context, Result, bail};
 
 /// What it says when asked.
 pub const USAGE: &str = "\
-usage: a3s-box-conformance --runtime PATH --level local|vm|smoke --rootfs busybox=DIR [--rootfs debian=DIR]
+usage: a3s-box-conformance --runtime PATH --level local|vm|systemd|smoke --rootfs busybox=DIR [--rootfs debian=DIR]
                            [--full] [--list] [FILTER...]
 
 Tests an OCI runtime through its command line. Root only.
   --level   local: containers are cheap, everything runs; vm: every container is an emulated VM, many checks in each;
-            smoke: does it work at all
+            systemd: VMs on a host that systemd runs, and what they have to do with it; smoke: does it work at all
   --rootfs  root file systems; they are copied, or used without being written to
   --full    full length: 100 MB streams, long loops
   --list    print the tests' names
@@ -26,6 +26,8 @@ pub enum Level {
     Local,
     /// Seconds.
     Vm,
+    /// Seconds, on a host that systemd runs; only what has to do with that.
+    Systemd,
     /// Seconds, and only a sign of life is wanted.
     Smoke,
 }
@@ -62,8 +64,9 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Options>> {
                 level = Some(match value()?.as_str() {
                     "local" => Level::Local,
                     "vm" => Level::Vm,
+                    "systemd" => Level::Systemd,
                     "smoke" => Level::Smoke,
-                    other => bail!("--level {other}: local, vm or smoke"),
+                    other => bail!("--level {other}: local, vm, systemd or smoke"),
                 });
             }
             "--rootfs" => {

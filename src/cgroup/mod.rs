@@ -1,7 +1,10 @@
 //! The container's host cgroup: made, joined, frozen, read, removed.
 //!
-//! cgroup v2 where /sys/fs/cgroup is that, else every v1 hierarchy that is mounted. In: a planned path. Out: a
-//! [`Cgroup`] that is kept in the state. Must not: leave a directory behind, or take one that others live in.
+//! cgroup v2 where /sys/fs/cgroup is that, else every v1 hierarchy that is mounted; by directories of our own or by
+//! [`systemd`]'s scopes. In: a planned place. Out: a [`Cgroup`] that is kept in the state. Must not: leave a directory
+//! behind, or take one that others live in.
+
+pub mod systemd;
 
 use std::fs;
 use std::io;
@@ -11,6 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::plan::cgroup::Place;
+pub use systemd::Scope;
+
 const ROOT: &str = "/sys/fs/cgroup";
 /// Where containers without a `cgroupsPath` live.
 pub const OWN_PARENT: &str = "a3s-box";
@@ -18,8 +24,10 @@ pub const OWN_PARENT: &str = "a3s-box";
 /// One cgroup, in one v2 hierarchy or in all v1 hierarchies.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Cgroup {
-    /// Its directories; none where cgroups are disabled.
+    /// Its directories; none where cgroups are disabled, or systemd has not made them yet.
     dirs: Vec<PathBuf>,
+    /// systemd's name for it, where that made it.
+    scope: Option<Scope>,
     /// Whether its parent is the one that this runtime makes for containers without a path of their own.
     own_parent: bool,
 }
@@ -59,26 +67,33 @@ fn v1_roots() -> Vec<PathBuf> {
 }
 
 impl Cgroup {
-    /// Names the cgroup; `path` is relative to each hierarchy's root. One that others live in is refused.
-    pub fn plan(path: &Path) -> Result<Self> {
-        let roots = match version() {
-            Version::V2 => vec![PathBuf::from(ROOT)],
-            Version::V1 => v1_roots(),
-            Version::None => {
-                bail!("linux.cgroupsPath {}: no cgroup hierarchy is mounted at {ROOT}", path.display())
-            }
-        };
+    /// Names the cgroup. One that others live in is refused.
+    pub fn plan(place: &Place) -> Result<Self> {
+        // A scope is nobody's until systemd has made it for us.
+        let Place::Path(path) = place else { return Ok(Cgroup::default()) };
         let own_parent = path.parent() == Some(Path::new(OWN_PARENT));
-        let cgroup = Cgroup { dirs: roots.iter().map(|root| root.join(path)).collect(), own_parent };
+        let cgroup = Cgroup { dirs: dirs(path)?, own_parent, scope: None };
         match cgroup.dirs.iter().find(|dir| !tree_pids(dir).is_empty()) {
             Some(dir) => bail!("container's cgroup {} is not empty", dir.display()),
             None => Ok(cgroup),
         }
     }
 
-    /// Makes its directories and what is missing above them.
-    pub fn make(&self) -> Result<()> {
-        self.dirs.iter().try_for_each(|dir| make(dir))
+    /// Makes it, with what is missing above, and moves a process in, with whatever that starts from now on.
+    pub fn enter(&mut self, place: &Place, pid: i32) -> Result<()> {
+        if let Place::Scope(scope) = place {
+            scope.start(pid, Vec::new())?;
+            self.scope = Some(scope.clone());
+            self.dirs = dirs(&path_of(pid, &scope.unit)?)?;
+        }
+        for dir in &self.dirs {
+            make(dir)?;
+            if !pids(dir).contains(&pid) {
+                fs::write(dir.join("cgroup.procs"), pid.to_string())
+                    .with_context(|| format!("join cgroup {}", dir.display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// Moves the calling process in, with whatever it starts from now on.
@@ -88,6 +103,11 @@ impl Cgroup {
                 .with_context(|| format!("join cgroup {}", dir.display()))?;
         }
         Ok(())
+    }
+
+    /// The scope's name, where systemd made it.
+    pub fn scope(&self) -> Option<&str> {
+        self.scope.as_ref().map(|scope| scope.unit.as_str())
     }
 
     /// Freezes or thaws every process in it, and waits until the kernel says so.
@@ -142,6 +162,10 @@ impl Cgroup {
     /// Removes it with everything below. Its processes must have been killed; the kernel lets go of them a little
     /// later than of their parent, so a busy directory is tried again for up to two seconds.
     pub fn remove(&self) {
+        if let Some(scope) = &self.scope {
+            // Where systemd does not answer, its directories still go; it collects a scope that is empty.
+            let _ = scope.stop();
+        }
         let deadline = Instant::now() + Duration::from_secs(2);
         for dir in &self.dirs {
             while !prune(dir) && Instant::now() < deadline {
@@ -155,6 +179,26 @@ impl Cgroup {
             }
         }
     }
+}
+
+/// A path below each hierarchy's root.
+fn dirs(path: &Path) -> Result<Vec<PathBuf>> {
+    let roots = match version() {
+        Version::V2 => vec![PathBuf::from(ROOT)],
+        Version::V1 => v1_roots(),
+        Version::None => {
+            bail!("linux.cgroupsPath {}: no cgroup hierarchy is mounted at {ROOT}", path.display())
+        }
+    };
+    Ok(roots.iter().map(|root| root.join(path)).collect())
+}
+
+/// Where systemd has put a process, below the hierarchy's root: its scope must be the last name of that.
+fn path_of(pid: i32, scope: &str) -> Result<PathBuf> {
+    let table = fs::read_to_string(format!("/proc/{pid}/cgroup")).context("the monitor's cgroup")?;
+    let path = |line: &str| Some(PathBuf::from(line.splitn(3, ':').nth(2)?.strip_prefix('/')?));
+    let found = table.lines().filter_map(path).find(|path| path.ends_with(scope));
+    found.with_context(|| format!("systemd did not put pid {pid} into {scope}"))
 }
 
 fn make(dir: &Path) -> Result<()> {

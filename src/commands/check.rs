@@ -171,11 +171,18 @@ fn tap() -> Finding {
 
 fn cgroups() -> Finding {
     let result = match cgroup::version() {
-        Version::V2 => Ok("v2 (cgroupfs driver)".into()),
-        Version::V1 => Ok("v1 (cgroupfs driver)".into()),
+        Version::V2 => Ok(format!("v2 ({})", drivers())),
+        Version::V1 => Ok(format!("v1 ({})", drivers())),
         Version::None => Err(anyhow!("nothing is mounted at /sys/fs/cgroup")),
     };
     finding("cgroups", true, result, "mount them: `mount -t cgroup2 cgroup2 /sys/fs/cgroup`")
+}
+
+fn drivers() -> String {
+    match cgroup::systemd::version() {
+        Ok(version) => format!("drivers cgroupfs and systemd: version {version} answers"),
+        Err(error) => format!("driver cgroupfs; {}", sentence(&error)),
+    }
 }
 
 fn user_namespaces() -> Finding {

@@ -13,7 +13,7 @@ use crate::cgroup::Cgroup;
 use crate::cli;
 use crate::hooks;
 use crate::monitor::{self, Handle, Report};
-use crate::plan::{self, Hooks, Plan};
+use crate::plan::{self, Hooks, Plan, cgroup::Place};
 use crate::relay;
 use crate::store::{Entry, ProcessId, Record};
 
@@ -74,41 +74,40 @@ pub fn birth<'a>(
     args: &'a cli::Create,
     signals: Option<&SignalFd>,
 ) -> Result<Born<'a>> {
-    refuse_flags(context, args)?;
+    refuse_flags(args)?;
     context.store.path(&args.id)?;
     let bundle = bundle::open(&args.bundle)?;
     bundle.warnings.iter().for_each(|warning| context.log.warn(warning));
     let mut plan = plan::plan(&args.id, &bundle.spec, &bundle.rootfs, &bundle.dir)?;
+    let linux = bundle.spec.linux().as_ref();
+    let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
+    let place = plan::cgroup::place(&args.id, path, context.cgroup_manager)?;
     plan.vm.debug = context.log.is_debug();
     crate::vmm::usable()?;
     context.log.debug(&format!("planned: {} vCPUs, {} MiB", plan.vm.vcpus, plan.vm.memory_mib));
     let entry = context.store.create(&args.id)?;
     let record = record(&args.id, &bundle, plan.hooks.clone());
     let mut born = Born { context, record, handle: None, pid_file: None, entry: Some(entry) };
-    if context.cgroup_manager != cli::CgroupManager::Disabled {
-        born.record.cgroup = Cgroup::plan(&plan.cgroup)?;
+    if let Some(place) = &place {
+        born.record.cgroup = Cgroup::plan(place)?;
     }
     born.save()?;
-    raise(context, &mut born, plan, signals)?;
+    raise(context, &mut born, plan, place.as_ref(), signals)?;
     born.record.ready = true;
     born.save()?;
     let handle = born.handle.as_ref().context("the monitor")?;
     super::introduce(&args.engine, handle.pid, handle.pidfd())?;
     born.pid_file = args.engine.pid_file.as_deref();
-    handle.acknowledge()?;
+    handle.go_on()?;
     context.log.debug("created");
     Ok(born)
 }
 
-fn refuse_flags(context: &Context, args: &cli::Create) -> Result<()> {
+fn refuse_flags(args: &cli::Create) -> Result<()> {
     if args.engine.console_socket.is_some() {
         bail!("--console-socket: process.terminal is not supported");
     }
-    super::refuse_descriptors(&args.engine)?;
-    if context.cgroup_manager == cli::CgroupManager::Systemd {
-        bail!("--systemd-cgroup: the systemd cgroup driver is not supported");
-    }
-    Ok(())
+    super::refuse_descriptors(&args.engine)
 }
 
 fn record(id: &str, bundle: &Bundle, hooks: Hooks) -> Record {
@@ -129,16 +128,27 @@ fn record(id: &str, bundle: &Bundle, hooks: Hooks) -> Record {
     }
 }
 
-/// Makes the cgroup, clones the monitor and follows its reports until the container is there.
-fn raise(context: &Context, born: &mut Born, plan: Plan, signals: Option<&SignalFd>) -> Result<()> {
+/// Clones the monitor, puts it into its cgroup and follows its reports until the container is there.
+fn raise(
+    context: &Context,
+    born: &mut Born,
+    plan: Plan,
+    place: Option<&Place>,
+    signals: Option<&SignalFd>,
+) -> Result<()> {
     let entry = born.entry.as_ref().context("the container's directory")?;
-    born.record.cgroup.make()?;
     entry.make_vm_dir()?;
-    let handle = monitor::spawn(plan, entry.dir(), &born.record.cgroup)?;
+    let handle = monitor::spawn(plan, entry.dir())?;
     context.log.debug("monitor cloned");
     born.record.monitor = ProcessId::of(handle.pid);
     let handle = born.handle.insert(handle);
     entry.save(&born.record)?;
+    if let Some(place) = place {
+        born.record.cgroup.enter(place, handle.pid)?;
+        entry.save(&born.record)?;
+        context.log.debug("monitor in its cgroup");
+    }
+    handle.go_on()?;
     loop {
         await_report(handle, signals)?;
         match handle.report()? {
@@ -150,7 +160,7 @@ fn raise(context: &Context, born: &mut Born, plan: Plan, signals: Option<&Signal
             (Report::Environment, _) => {
                 context.log.debug("environment set up");
                 hooks::at_create(&born.record, handle.pidfd(), signals)?;
-                handle.acknowledge()?;
+                handle.go_on()?;
             }
             (Report::Phase(text), _) => context.log.debug(&text),
             (Report::Ready, _) => return Ok(()),

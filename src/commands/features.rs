@@ -31,7 +31,7 @@ fn document() -> Result<String> {
         "linux": {
             "namespaces": honoured("linux.namespaces[].type="),
             "capabilities": capabilities(),
-            "cgroup": { "v1": true, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
+            "cgroup": { "v1": true, "v2": true, "systemd": true, "systemdUser": false, "rdma": false },
             "seccomp": {
                 "enabled": is_honoured("linux.seccomp.defaultAction"),
                 "actions": seccomp::ACTIONS,

@@ -28,6 +28,9 @@ pub fn document(record: &Record) -> Value {
     if !record.annotations.is_empty() {
         put("annotations", json!(record.annotations));
     }
+    if let Some(scope) = record.cgroup.scope() {
+        put("systemd-scope", json!(scope));
+    }
     put("owner", json!(owner(record.owner)));
     Value::Object(document)
 }

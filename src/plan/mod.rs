@@ -3,6 +3,7 @@
 //! In: the bundle and its annotations. Out: a [`Plan`]: the VM's size, the tree the host assembles, the container
 //! the guest builds. Touches no file, no process, no clock.
 
+pub mod cgroup;
 pub mod hooks;
 pub mod mounts;
 pub mod options;
@@ -14,8 +15,6 @@ use std::path::{Path, PathBuf};
 use a3s_box_proto as proto;
 use anyhow::{Context, Result, bail};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
-
-use crate::cgroup::OWN_PARENT;
 
 pub use hooks::Hooks;
 pub use mounts::{Bind, Tree};
@@ -30,8 +29,6 @@ pub struct Plan {
     pub tree: Tree,
     /// Host namespaces of the monitor.
     pub namespaces: Namespaces,
-    /// Path of the host cgroup, below the hierarchy's root.
-    pub cgroup: PathBuf,
     /// What the guest builds.
     pub guest: proto::Container,
     /// Programs to run along the container's life.
@@ -87,8 +84,7 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
         hooks: hooks.start_container.clone(),
         state: hooks::state(spec.version(), id, bundle, &annotations),
     };
-    let cgroup = cgroup_path(id, linux.and_then(|linux| linux.cgroups_path().as_deref()))?;
-    Ok(Plan { vm: vm::plan(spec)?, tree, namespaces, cgroup, guest, hooks })
+    Ok(Plan { vm: vm::plan(spec)?, tree, namespaces, guest, hooks })
 }
 
 fn paths(list: Option<&Vec<String>>) -> Vec<PathBuf> {
@@ -142,22 +138,6 @@ fn word(kind: LinuxNamespaceType) -> String {
     serde_json::to_value(kind).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-/// cgroupfs: an absolute path is taken as it is, a relative one lies below `/a3s-box`, as does a container without one.
-fn cgroup_path(id: &str, path: Option<&Path>) -> Result<PathBuf> {
-    let given = match path {
-        None => Path::new(OWN_PARENT).join(id),
-        Some(path) if path.as_os_str().is_empty() => Path::new(OWN_PARENT).join(id),
-        Some(path) if path.is_absolute() => path.strip_prefix("/").unwrap_or(path).to_path_buf(),
-        Some(path) => Path::new(OWN_PARENT).join(path),
-    };
-    if given.as_os_str().is_empty()
-        || given.components().any(|c| !matches!(c, std::path::Component::Normal(_)))
-    {
-        bail!("linux.cgroupsPath: {:?} does not name a cgroup", path.unwrap_or(Path::new("")));
-    }
-    Ok(given)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,17 +156,6 @@ mod tests {
 
     fn planned(change: impl FnOnce(&mut Value)) -> Result<Plan> {
         plan("c1", &spec(change), Path::new("/b/rootfs"), Path::new("/b"))
-    }
-
-    #[test]
-    fn cgroups_path_forms() {
-        let path = |text: &str| planned(|v| v["linux"]["cgroupsPath"] = json!(text)).map(|p| p.cgroup);
-        assert_eq!(path("/docker/abc").unwrap(), Path::new("docker/abc"));
-        assert_eq!(path("pod/abc").unwrap(), Path::new("a3s-box/pod/abc"));
-        assert_eq!(planned(|_| ()).unwrap().cgroup, Path::new("a3s-box/c1"));
-        for hostile in ["/", "/a/../../etc", "../x"] {
-            assert!(path(hostile).unwrap_err().to_string().contains("cgroupsPath"), "{hostile}");
-        }
     }
 
     #[test]

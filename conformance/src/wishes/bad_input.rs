@@ -213,8 +213,6 @@ fn later_flags(world: &mut &'static World) -> Result<()> {
     for (args, words) in [
         (&["create", "-b", &path, "--console-socket", "/tmp/x", &id][..], ["--console-socket", "not"]),
         (&["create", "-b", &path, "--preserve-fds", "2", &id], ["--preserve-fds", "cannot"]),
-        (&["--systemd-cgroup", "create", "-b", &path, &id], ["systemd", "not"]),
-        (&["--cgroup-manager", "systemd", "run", "-b", &path, &id], ["systemd", "not"]),
     ] {
         world.refused(args, &words)?;
     }

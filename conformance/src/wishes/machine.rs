@@ -100,7 +100,8 @@ fn debian(world: &'static World) -> Result<()> {
 }
 
 /// Runs the runtime in a mount namespace of its own, prepared by a script.
-fn in_private_view(world: &'static World, prepare: &str, args: &[&str]) -> Result<Output> {
+/// Runs the runtime after `prepare` in a mount namespace of its own.
+pub fn in_private_view(world: &'static World, prepare: &str, args: &[&str]) -> Result<Output> {
     let script = format!("{{ {prepare}; }} >/dev/null 2>&1 || exit 97; exec \"$@\"");
     let mut command = Command::new("unshare");
     command

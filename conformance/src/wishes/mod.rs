@@ -23,6 +23,7 @@ mod resources;
 mod run;
 mod seccomp;
 mod streams;
+mod systemd;
 
 use crate::cases::{At, Case, sharing};
 
@@ -48,6 +49,7 @@ pub fn all() -> Vec<Case> {
             identity::cases(),
             resources::cases(),
             seccomp::cases(),
+            systemd::cases(),
             listing::cases(),
             bad_input::cases(),
             calling::cases(),
