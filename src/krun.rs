@@ -59,6 +59,13 @@ pub struct Machine {
     kernel: Option<File>,
 }
 
+impl Machine {
+    /// The file of the guest kernel, which libkrun opens once more.
+    pub fn kernel(&self) -> Option<&File> {
+        self.kernel.as_ref()
+    }
+}
+
 /// What the VM is given at the pivot; paths as the jail sees them.
 pub struct Devices<'a> {
     /// The directory exported as the guest's root file system.

@@ -25,6 +25,13 @@ compile_error!("feature local-guest is for tests: it cannot be built for release
 /// Nothing to configure.
 pub struct Machine;
 
+impl Machine {
+    /// There is none.
+    pub fn kernel(&self) -> Option<&File> {
+        None
+    }
+}
+
 /// See [`crate::krun`].
 pub struct Devices<'a> {
     /// The exported tree: guest-init's root.

@@ -15,16 +15,19 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use nix::cmsg_space;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
 };
+use nix::sys::wait::{WaitStatus, waitpid};
 use serde::{Deserialize, Serialize};
 
 use crate::console::{self, Console};
 use crate::guest::SOCKET;
+use crate::jail::seccomp::Filter;
 use crate::jail::tree::Export;
 use crate::jail::{self, Jail};
 use crate::log::sentence;
@@ -41,6 +44,8 @@ pub const NAME: &str = "a3s-box-vmm";
 static GUEST_INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest-init"));
 /// Device nodes that libkrun opens after the pivot.
 const NODES: &[&str] = if cfg!(feature = "local-guest") { &[] } else { &["/dev/kvm"] };
+/// Whether the VMM gives up its privileges: what stands in for a VM in tests needs them to make namespaces.
+const CONFINED: bool = !cfg!(feature = "local-guest");
 /// Of the caller's environment: where libraries and the shared kernel image lie. The rest is none of the VMM's business.
 const KEPT_ENV: [&str; 2] = ["LD_LIBRARY_PATH", "XDG_RUNTIME_DIR"];
 /// Descriptors in one message; the kernel's own bound is 253.
@@ -195,12 +200,38 @@ pub fn usable() -> Result<()> {
     for node in NODES {
         let shown = || format!("{node}: needed for every VM (`a3s-box check` says more)");
         let opened = std::fs::File::options().read(true).write(true).open(node).with_context(shown)?;
-        // SAFETY: the ioctl takes no argument and writes nowhere.
-        if unsafe { libc::ioctl(opened.as_raw_fd(), KVM_GET_API_VERSION) } != KVM_API_VERSION {
+        // KVM refuses an argument other than 0, which is what a register may hold that nobody set.
+        // SAFETY: the ioctl takes a plain number and writes nowhere.
+        if unsafe { libc::ioctl(opened.as_raw_fd(), KVM_GET_API_VERSION, 0) } != KVM_API_VERSION {
             return Err(anyhow!("it is not KVM").context(shown()));
         }
     }
     Ok(())
+}
+
+/// Takes the device nodes out of a VMM's jail, from outside: it has opened what it needs by the time a guest greets.
+/// For a process with one thread.
+pub fn close_nodes(pid: i32) -> Result<()> {
+    if NODES.is_empty() {
+        return Ok(());
+    }
+    let pidfd = pidfd_open(pid)?;
+    // Entering a mount namespace changes the root: only a child of ours may.
+    // SAFETY: this process has one thread, so the child may run any code; it ends by _exit.
+    match unsafe { nix::unistd::fork() }.context("fork")? {
+        nix::unistd::ForkResult::Child => {
+            let detach = |node: &&str| umount2(*node, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+            let done =
+                setns(&pidfd, CloneFlags::CLONE_NEWNS).and_then(|()| NODES.iter().try_for_each(detach));
+            quit(done.err().map_or(0, |errno| errno as i32))
+        }
+        nix::unistd::ForkResult::Parent { child } => match waitpid(child, None).context("wait")? {
+            WaitStatus::Exited(_, 0) => Ok(()),
+            WaitStatus::Exited(_, errno) => Err(std::io::Error::from_raw_os_error(errno))
+                .context("take the device nodes away from the VMM"),
+            status => bail!("take the device nodes away from the VMM: {status:?}"),
+        },
+    }
 }
 
 /// Which libkrun this binary uses.
@@ -244,10 +275,14 @@ fn quit(status: i32) -> ! {
 
 struct Stage {
     machine: krun::Machine,
+    filter: Option<Filter>,
 }
 
 impl Stage {
     fn enter(self) -> anyhow::Error {
+        if let Some(Err(error)) = self.filter.map(Filter::load) {
+            return error;
+        }
         let run = Path::new(jail::RUN);
         krun::enter(
             self.machine,
@@ -264,10 +299,12 @@ impl Stage {
 
 fn run(channel: &OwnedFd) -> Result<Stage> {
     fcntl(channel, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("channel")?;
-    jail::raise_limits();
+    jail::set_limits();
     let (Order::Prepare { vm, anchor, dir }, _) = receive(channel)? else { bail!("out of turn: no Prepare") };
     let machine = krun::prepare(&vm)?;
     let jail = Jail::build(&anchor, &dir, NODES)?;
+    // While the monitor puts the tree together.
+    let filter = if CONFINED { Some(Filter::compile()?) } else { None };
     loop {
         match receive(channel)? {
             (Order::Attach(places), fds) if places.len() == fds.len() => {
@@ -279,10 +316,11 @@ fn run(channel: &OwnedFd) -> Result<Stage> {
         }
     }
     jail.enter()?;
-    if !cfg!(feature = "local-guest") {
+    if CONFINED {
         jail::confine_vmm()?;
+        jail::landlock::confine(NODES, machine.kernel())?;
     }
-    Ok(Stage { machine })
+    Ok(Stage { machine, filter })
 }
 
 fn receive(channel: &OwnedFd) -> Result<(Order, Vec<OwnedFd>)> {

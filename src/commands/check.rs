@@ -17,6 +17,7 @@ use crate::cgroup::{self, Version};
 use crate::cli::{self, Format};
 use crate::console::Console;
 use crate::guest::{Connection, SOCKET};
+use crate::jail;
 use crate::log::sentence;
 use crate::plan::{Vm, vm};
 use crate::vmm;
@@ -40,7 +41,7 @@ pub fn check(args: &cli::Check) -> Result<i32> {
     let mut findings = vec![kvm(), firmware()];
     let hopeful = findings.iter().all(|finding| finding.ok);
     findings.push(boots(hopeful, Duration::from_secs(args.timeout)));
-    findings.extend([tap(), cgroups(), user_namespaces(), memory()]);
+    findings.extend([tap(), cgroups(), landlock(), user_namespaces(), memory()]);
     let able = findings.iter().all(|finding| finding.ok || !finding.needed);
     let text = match args.format {
         Format::Json => {
@@ -183,6 +184,16 @@ fn drivers() -> String {
         Ok(version) => format!("drivers cgroupfs and systemd: version {version} answers"),
         Err(error) => format!("driver cgroupfs; {}", sentence(&error)),
     }
+}
+
+fn landlock() -> Finding {
+    let result = if jail::landlock::is_available() {
+        Ok("confines every VMM".into())
+    } else {
+        Err(anyhow!("not in this kernel, or older than ABI 2: VMMs do without"))
+    };
+    let advice = "a second wall around a VMM's files is missing: use Linux 5.19 or newer with CONFIG_SECURITY_LANDLOCK, and `landlock` in the lsm= list of its command line";
+    finding("Landlock", false, result, advice)
 }
 
 fn user_namespaces() -> Finding {

@@ -163,7 +163,9 @@ fn raise(
                 handle.go_on()?;
             }
             (Report::Phase(text), _) => context.log.debug(&text),
-            (Report::Ready, _) => return Ok(()),
+            (Report::Ready, _) => {
+                return born.record.vm.map_or(Ok(()), |vm| crate::vmm::close_nodes(vm.pid));
+            }
             (Report::Failed(text), _) => return Err(anyhow!(text)),
         }
     }

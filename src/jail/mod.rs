@@ -4,6 +4,8 @@
 //! breaks out lands there. Monitors and exec relays give up every privilege before the first byte from a guest.
 
 mod idmap;
+pub mod landlock;
+pub mod seccomp;
 mod source;
 pub mod tree;
 
@@ -115,9 +117,11 @@ pub fn keep_only(wanted: &[RawFd]) {
     }
 }
 
-/// Raises limits that libkrun needs high: a descriptor for every inode the guest knows, locked memory for KVM.
-pub fn raise_limits() {
+/// Limits of a VMM: high where libkrun needs them (a descriptor for every inode the guest knows, locked memory for
+/// KVM), none of its memory in a core dump.
+pub fn set_limits() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
     for resource in [Resource::RLIMIT_NOFILE, Resource::RLIMIT_MEMLOCK] {
         if let Ok((_, hard)) = getrlimit(resource) {
             // The hard limit is as far as it goes without privilege.
@@ -163,6 +167,8 @@ pub fn confine_vmm() -> Result<()> {
     // SAFETY: prctl with a plain number.
     let set = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP) };
     nix::errno::Errno::result(set).context("secure bits")?;
+    // Nobody but root looks into it, nor does it into another VMM of the same user.
+    nix::sys::prctl::set_dumpable(false).context("not dumpable")?;
     nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
     for capability in caps::runtime::thread_all_supported() {
         if !VMM.contains(&capability) {

@@ -12,6 +12,7 @@ mod exec;
 mod hooks;
 mod hostile;
 mod identity;
+mod jail;
 mod kill;
 mod lifecycle;
 mod listing;
@@ -54,6 +55,7 @@ pub fn all() -> Vec<Case> {
             bad_input::cases(),
             calling::cases(),
             hostile::cases(),
+            jail::cases(),
             machine::cases(),
             chaos::cases(),
         ]

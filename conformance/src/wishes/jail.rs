@@ -1,0 +1,211 @@
+//! The process on the host that runs the VM: what it could do if the guest had taken it over.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use super::run::same;
+use crate::cases::{At, Case, Wish, sharing, wish};
+use crate::config::Config;
+use crate::container::Container;
+use crate::process;
+use crate::world::World;
+
+/// Wishes that share a container.
+const WISHES: &[Wish<Container>] = &[
+    ("jail/every-thread-of-the-vmm-is-confined", confined),
+    ("jail/the-vmm-sees-its-export-and-nothing-else", sees),
+    ("jail/the-vmm-holds-few-descriptors", descriptors),
+    ("jail/the-vmm-has-limits-and-no-environment", surroundings),
+    ("jail/the-monitor-is-confined", |container| {
+        let status = Status::read(&format!("/proc/{}/status", container.pid))?;
+        same(&status.field("CapEff")?, &"0000000000000000")?;
+        same(&status.field("CapPrm")?, &"0000000000000000")?;
+        same(&(status.field("NoNewPrivs")?, status.field("Seccomp")?), &("1", "2"))
+    }),
+];
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        sharing(At::Vm, |world| Container::running(world, &Config::idle()), WISHES),
+        wish(At::Both, "jail/state-is-the-owners-alone", state),
+        wish(At::Both, "jail/two-containers-share-nothing", nothing_shared),
+    ]
+}
+
+struct Status(String);
+
+impl Status {
+    fn read(path: &str) -> Result<Self> {
+        Ok(Status(fs::read_to_string(path).with_context(|| path.to_string())?))
+    }
+
+    fn field(&self, name: &str) -> Result<&str> {
+        let value = self.0.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        Ok(value.with_context(|| format!("no {name}"))?.trim())
+    }
+}
+
+/// The VMM: the monitor's one child.
+pub fn vmm(container: &Container) -> Result<i32> {
+    let path = format!("/proc/{0}/task/{0}/children", container.pid);
+    let children = fs::read_to_string(&path).with_context(|| path.clone())?;
+    let mut pids = children.split_whitespace();
+    let vmm = pids.next().context("the monitor has no child")?.parse()?;
+    ensure!(pids.next().is_none(), "the monitor has more children than one: {children}");
+    Ok(vmm)
+}
+
+fn confined(container: &mut Container) -> Result<()> {
+    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP
+    const KEPT: &str = "00000000880000db";
+    let vmm = vmm(container)?;
+    let tasks: Vec<PathBuf> =
+        fs::read_dir(format!("/proc/{vmm}/task"))?.flatten().map(|entry| entry.path()).collect();
+    ensure!(tasks.len() >= 4, "only {} threads", tasks.len());
+    for task in tasks {
+        let status = Status::read(&task.join("status").to_string_lossy())?;
+        for name in ["CapEff", "CapPrm", "CapBnd"] {
+            same(&status.field(name)?, &KEPT).with_context(|| format!("{name} of {}", task.display()))?;
+        }
+        for name in ["CapInh", "CapAmb"] {
+            same(&status.field(name)?, &"0000000000000000").context(name)?;
+        }
+        same(&(status.field("NoNewPrivs")?, status.field("Seccomp")?), &("1", "2"))?;
+    }
+    Ok(())
+}
+
+fn names(dir: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(dir).with_context(|| dir.display().to_string())?;
+    let mut names: Vec<String> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    Ok(names)
+}
+
+fn sees(container: &mut Container) -> Result<()> {
+    let vmm = vmm(container)?;
+    let root = PathBuf::from(format!("/proc/{vmm}/root"));
+    same(&names(&root)?, &["dev", "export", "proc", "run"].map(String::from).to_vec())?;
+    same(&names(&root.join("dev"))?, &vec!["kvm".to_string()])?;
+    same(&names(&root.join("proc"))?, &vec!["self".to_string()])?;
+    same(&names(&root.join("proc/self"))?, &vec!["fd".to_string()])?;
+    let kvm = fs::symlink_metadata(root.join("dev/kvm"))?.file_type();
+    ensure!(!kvm.is_char_device(), "/dev/kvm can be opened although the guest runs");
+    let mounts = fs::read_to_string(format!("/proc/{vmm}/mountinfo"))?;
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    let foreign: Vec<&str> = points
+        .filter(|point| !["/", "/run", "/proc/self/fd"].contains(point) && !point.starts_with("/export/"))
+        .collect();
+    ensure!(foreign.is_empty(), "mounted in the jail: {foreign:?}");
+    let loose: Vec<&str> = mounts
+        .lines()
+        .filter(|line| line.split(' ').nth(4).is_some_and(|point| point.starts_with("/export/")))
+        .filter(|line| !line.contains("nodev") || !line.contains("nosuid"))
+        .collect();
+    ensure!(loose.is_empty(), "devices or set-id programs in the export: {loose:?}");
+    let outside = format!("/proc/{}/root", std::process::id());
+    for kind in ["mnt", "pid", "net", "ipc", "uts"] {
+        let own = fs::read_link(format!("/proc/{vmm}/ns/{kind}"))?;
+        let ours = fs::read_link(format!("/proc/self/ns/{kind}"))?;
+        ensure!(own != ours, "it shares the {kind} namespace with {outside}");
+    }
+    Ok(())
+}
+
+fn descriptors(container: &mut Container) -> Result<()> {
+    let vmm = vmm(container)?;
+    let expected = |target: &str| {
+        let anonymous = ["anon_inode:[eventfd]", "anon_inode:[eventpoll]", "anon_inode:kvm-", "socket:["];
+        anonymous.iter().any(|start| target.starts_with(start))
+            || target.starts_with("/export/")
+            || ["/export", "/run/console", "/dev/kvm", "/dev/null", "/proc/self/fd"].contains(&target)
+            || target.contains("a3s-box-kernel/")
+            || target.ends_with("/vm/console")
+            || target.starts_with("/memfd:guest-kernel")
+    };
+    let mut strange = BTreeSet::new();
+    let entries = fs::read_dir(format!("/proc/{vmm}/fd"))?.flatten();
+    let targets: Vec<PathBuf> = entries.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
+    for target in &targets {
+        let target = target.to_string_lossy();
+        // What was opened before the pivot, or has lost its mount since, is shown from its own mount's root.
+        if !expected(&target) && !matches!(&*target, "/" | "/kvm" | "/null" | "/fd" | "/console") {
+            strange.insert(target.into_owned());
+        }
+    }
+    ensure!(targets.len() > 20, "only {} descriptors", targets.len());
+    ensure!(strange.is_empty(), "unexpected: {strange:?}");
+    Ok(())
+}
+
+fn surroundings(container: &mut Container) -> Result<()> {
+    let vmm = vmm(container)?;
+    let environment = fs::read(format!("/proc/{vmm}/environ"))?;
+    let kept = [&b"LD_LIBRARY_PATH="[..], b"XDG_RUNTIME_DIR="];
+    let mut entries = environment.split(|byte| *byte == 0).filter(|entry| !entry.is_empty());
+    ensure!(entries.all(|entry| kept.iter().any(|name| entry.starts_with(name))), "it has an environment");
+    let limits = fs::read_to_string(format!("/proc/{vmm}/limits"))?;
+    let limit = |name: &str| -> Result<Vec<String>> {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).context("no such limit")?;
+        Ok(line.split_whitespace().take(2).map(str::to_string).collect())
+    };
+    same(&limit("Max core file size")?, &vec!["0".to_string(), "0".to_string()])?;
+    let files = limit("Max open files")?;
+    ensure!(files[0] == files[1], "not the most descriptors: {files:?}");
+    Ok(())
+}
+
+fn state(world: &'static World) -> Result<()> {
+    let container = Container::running(world, &Config::idle())?;
+    let mut left = vec![world.root.clone()];
+    let me = fs::metadata("/proc/self")?.uid();
+    let mut files = 0;
+    while let Some(path) = left.pop() {
+        let metadata = fs::symlink_metadata(&path)?;
+        let kind = metadata.file_type();
+        let mode = metadata.mode() & 0o7777;
+        same(&metadata.uid(), &me).with_context(|| path.display().to_string())?;
+        if kind.is_dir() {
+            ensure!(mode == 0o700, "{}: mode {mode:o}", path.display());
+            left.extend(fs::read_dir(&path)?.flatten().map(|entry| entry.path()));
+        } else if !kind.is_socket() {
+            files += 1;
+            ensure!(mode == 0o600, "{}: mode {mode:o}", path.display());
+        }
+    }
+    ensure!(files >= 3, "only {files} files");
+    container.says("echo well", "well")
+}
+
+fn nothing_shared(world: &'static World) -> Result<()> {
+    let one = Container::running(world, &Config::idle())?;
+    let other = Container::running(world, &Config::idle())?;
+    let identities = |container: &Container| -> Result<BTreeSet<String>> {
+        let mut all = BTreeSet::new();
+        for pid in [container.pid, vmm(container)?] {
+            for line in fs::read_to_string(format!("/proc/{pid}/cgroup"))?.lines() {
+                // A v1 hierarchy that is mounted nowhere has one cgroup.
+                all.extend(line.rsplit(':').next().filter(|path| *path != "/").map(str::to_string));
+            }
+            for kind in ["mnt", "pid", "net", "ipc", "uts"] {
+                all.insert(fs::read_link(format!("/proc/{pid}/ns/{kind}"))?.to_string_lossy().into_owned());
+            }
+        }
+        let dir = world.root.join(&container.id);
+        for path in [dir.clone(), dir.join("vm"), dir.join("vm/control.sock")] {
+            let metadata = fs::metadata(&path).with_context(|| path.display().to_string())?;
+            all.insert(format!("file {}:{}", metadata.dev(), metadata.ino()));
+        }
+        Ok(all)
+    };
+    let (first, second) = (identities(&one)?, identities(&other)?);
+    let shared: Vec<_> = first.intersection(&second).collect();
+    ensure!(shared.is_empty(), "both have {shared:?}");
+    ensure!(process::is_alive(one.pid) && process::is_alive(other.pid), "one has ended");
+    Ok(())
+}
