@@ -67,7 +67,7 @@ fn add(root: &Root, planned: &Mount) -> Result<()> {
             tree
         }
         Source::FileSystem { kind, name, options, copy_up } => {
-            let place = root.place(destination, Kind::Directory)?;
+            let place = root.place_for(destination, kind)?;
             let mount = guest_file_system(kind, name, &with_mode(kind, options, &place)?)?;
             if *copy_up {
                 copy_tree(&place, &mount).context("copy what is there")?;

@@ -7,8 +7,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use a3s_box_mount::{
-    Kind, Root, attach, change_attributes, clone_tree, errno_words, file_system, open_path, set_attributes,
-    set_propagation,
+    self as mount, Kind, Root, attach, change_attributes, clone_tree, errno_words, file_system, open_path,
+    set_attributes, set_propagation,
 };
 use a3s_box_proto::{Container, Mount, Source};
 use anyhow::{Context, Result, anyhow};
@@ -82,7 +82,7 @@ impl Sources {
         for (bind, source) in tree.binds.iter().zip(&self.binds) {
             makes.file_systems(&tree.places[done..bind.after_places], guest)?;
             done = bind.after_places;
-            makes.place(&bind.destination, source.kind)?;
+            makes.place(&bind.destination, |root| root.place(&bind.destination, source.kind))?;
         }
         makes.file_systems(&tree.places[done..], guest)
     }
@@ -161,18 +161,19 @@ struct Makes<'a> {
 
 impl<'a> Makes<'a> {
     /// Makes one unless it lies below another mount. True if it was missing.
-    fn place(&mut self, path: &'a Path, kind: Kind) -> Result<bool> {
+    fn place(&mut self, path: &'a Path, make: impl FnOnce(&Root) -> Result<mount::Place>) -> Result<bool> {
         let is_covered = self.covered.iter().any(|above| path.starts_with(above) && path != *above);
         self.covered.push(path);
         if is_covered {
             return Ok(false);
         }
-        Ok(self.root.place(path, kind).with_context(|| format!("mount {}", path.display()))?.made)
+        Ok(make(&self.root).with_context(|| format!("mount {}", path.display()))?.made)
     }
 
     fn file_systems(&mut self, places: &'a [Place], guest: &mut [Mount]) -> Result<()> {
         for place in places {
-            let made = self.place(&place.destination, Kind::Directory)?;
+            let at = &place.destination;
+            let made = self.place(at, |root| root.place_for(at, &place.kind))?;
             // A tmpfs takes the mode of the directory below, but one that nobody made has none.
             if let (true, "tmpfs", Source::FileSystem { options, .. }) =
                 (made, place.kind.as_str(), &mut guest[place.index].source)
@@ -194,7 +195,7 @@ fn add_places(root: &Root, places: &[Place]) -> Result<()> {
             _ => continue,
         };
         // A place below a file system that only the guest has does not exist here, and nobody looks for it.
-        if let Ok(place) = root.place(path, Kind::Directory) {
+        if let Ok(place) = root.place_for(path, kind) {
             mount
                 .and_then(|mount| attach(mount, place))
                 .with_context(|| format!("mount {}", path.display()))?;

@@ -11,6 +11,7 @@ mod environment;
 mod exec;
 mod hooks;
 mod hostile;
+mod hostile_rootfs;
 mod identity;
 mod jail;
 mod kill;
@@ -56,6 +57,7 @@ pub fn all() -> Vec<Case> {
             calling::cases(),
             hostile::cases(),
             jail::cases(),
+            hostile_rootfs::cases(),
             machine::cases(),
             chaos::cases(),
         ]

@@ -90,6 +90,27 @@ impl Root {
         bail!("too many levels of symbolic links")
     }
 
+    /// For procfs and sysfs: what is hidden below them later must not lie behind a link that may change
+    /// (CVE-2019-19921). The words are runc's.
+    fn ordinary_place(&self, path: &Path, kind: &str) -> Result<Place> {
+        let made = self.place(path, Kind::Directory)?.made;
+        match self.open_as(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY) {
+            Ok(fd) => Ok(Place { fd, made }),
+            Err(Errno::NOTDIR | Errno::LOOP) => {
+                bail!("filesystem {kind:?} must be mounted on ordinary directory")
+            }
+            Err(errno) => bail!("{}", errno_words(errno)),
+        }
+    }
+
+    /// The mount point of a file system of this type.
+    pub fn place_for(&self, path: &Path, kind: &str) -> Result<Place> {
+        match kind {
+            "proc" | "sysfs" => self.ordinary_place(path, kind),
+            _ => self.place(path, Kind::Directory),
+        }
+    }
+
     /// Makes what is missing of a path, or says which path it means where a link to nowhere is in the way.
     fn make(&self, path: &Path, kind: Kind) -> Result<Option<PathBuf>> {
         let names: Vec<_> = path.components().filter(|c| !matches!(c, Component::RootDir)).collect();
