@@ -19,6 +19,7 @@ mod lifecycle;
 mod listing;
 mod machine;
 mod mount_options;
+mod mount_order;
 mod mounts;
 mod pause;
 mod resources;
@@ -45,6 +46,7 @@ pub fn all() -> Vec<Case> {
             environment::cases(),
             mounts::cases(),
             mount_options::cases(),
+            mount_order::cases(),
             kill::cases(),
             pause::cases(),
             death::cases(),

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::bench::Bench;
@@ -174,10 +174,6 @@ pub fn cases() -> Vec<Case> {
     vec![
         sharing(At::Both, Tree::set_up, TREE),
         wish(At::Both, "mounts/a-read-only-root-cannot-be-changed", readonly_root),
-        wish(At::Local, "mounts/rbind-brings-submounts-and-bind-does-not", submounts),
-        wish(At::Local, "mounts/many-binds-in-one-container", many),
-        wish(At::Local, "mounts/a-file-and-a-directory-never-cover-each-other", mismatch),
-        wish(At::Local, "mounts/a-destination-may-be-relative-or-untidy", untidy),
     ]
 }
 
@@ -397,64 +393,4 @@ fn readonly_root(world: &'static World) -> Result<()> {
     same(&output.stderr.matches("Read-only file system").count(), &4)?;
     ensure!(!bundle.join("rootfs/new").exists(), "it was written to");
     Ok(())
-}
-
-fn submounts(world: &'static World) -> Result<()> {
-    let host = world.make_dir("host")?;
-    fs::create_dir(host.join("sub"))?;
-    let config = Config::sh("cat /r/sub/word; ls /b/sub | wc -l").bind(&host, "/r", &[]).mount(
-        "/b",
-        "bind",
-        &host.to_string_lossy(),
-        &["bind"],
-    );
-    let bundle = world.bundle(&config)?;
-    // The submount lives in a mount namespace of the caller's own, as an engine's may.
-    let script = "mount -t tmpfs tmpfs \"$1/sub\" && echo deep >\"$1/sub/word\" && shift && exec \"$@\"";
-    let mut command = std::process::Command::new("unshare");
-    command.args(["--mount", "sh", "-c", script, "sh"]).arg(&host).arg(&world.runtime);
-    command.arg("--root").arg(&world.root).args(["run", "--bundle"]).arg(&bundle).arg(world.name("run"));
-    let output = crate::process::run(command, b"", world.patience())?.code(0)?;
-    same(&output.text(), &"deep\n0\n".into())
-}
-
-fn many(world: &'static World) -> Result<()> {
-    let host = world.make_dir("host")?;
-    let mut config = Config::sh("cat /many/*/word | wc -l; cat /many/file-* | wc -l");
-    for n in 0..40 {
-        let dir = host.join(n.to_string());
-        fs::create_dir(&dir)?;
-        fs::write(dir.join("word"), format!("{n}\n"))?;
-        config = config.bind(&dir, &format!("/many/{n}"), &["ro"]).bind(
-            &dir.join("word"),
-            &format!("/many/file-{n}"),
-            &[],
-        );
-    }
-    let bundle = world.own_bundle(&config)?;
-    same(&world.run(&bundle, b"")?.code(0)?.quiet()?.text(), &"40\n40\n".into())
-}
-
-fn mismatch(world: &'static World) -> Result<()> {
-    let host = world.make_dir("host")?;
-    fs::write(host.join("file"), "x")?;
-    for (source, destination) in [(host.join("file"), "/etc"), (host.clone(), "/etc/hostname")] {
-        let bundle = world.own_bundle(&Config::sh("true").bind(&source, destination, &[]))?;
-        let output = world.run(&bundle, b"")?.code(1)?.one_line(&[destination, "directory"])?;
-        if destination == "/etc/hostname" && !output.stderr.contains("not a directory") {
-            bail!("{:?} does not say `not a directory`", output.stderr);
-        }
-    }
-    Ok(())
-}
-
-fn untidy(world: &'static World) -> Result<()> {
-    let host = world.make_dir("host")?;
-    fs::write(host.join("word"), "here\n")?;
-    let config = Config::sh("cat /rel/word /a/b/word /top/word")
-        .bind(&host, "rel", &[])
-        .bind(&host, "/x/../a/./b//", &[])
-        .bind(&host, "/../../top", &[]);
-    let bundle = world.own_bundle(&config)?;
-    same(&world.run(&bundle, b"")?.code(0)?.quiet()?.text(), &"here\nhere\nhere\n".into())
 }
