@@ -292,6 +292,7 @@ struct Stage {
 
 fn prepare(mut plan: Plan, dir: &Path, joined: Joined, reporter: &Reporter) -> Result<Stage> {
     nix::unistd::setsid().context("session")?;
+    set_oom_score(plan.guest.process.oom_score_adj)?;
     joined.enter()?;
     jail::make_slave()?;
     if plan.namespaces.uts == Namespace::New
@@ -335,6 +336,15 @@ fn run_hooks(list: &[Hook], state: &Value, rootfs: &Path, reporter: &Reporter) -
         bail!("create was given up");
     }
     hooks::in_container(list, state, rootfs, reporter.0.as_fd())
+}
+
+/// The whole VM counts as the process that config.json speaks of. A caller without privilege may only raise the score.
+fn set_oom_score(score: Option<i32>) -> Result<()> {
+    let Some(score) = score else { return Ok(()) };
+    match std::fs::write("/proc/self/oom_score_adj", score.to_string()) {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
+        result => result.context("process.oomScoreAdj"),
+    }
 }
 
 fn open(path: &Path) -> Result<OwnedFd> {

@@ -2,9 +2,12 @@
 
 use std::convert::Infallible;
 use std::fs;
+use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 
@@ -110,6 +113,14 @@ fn raise_read_ahead() {
     let _ = fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "1024");
 }
 
+/// Sets a value that the kernel shows as a file.
+pub fn set(path: impl AsRef<Path>, value: &str) -> Result<(), Errno> {
+    // fs::write would ask to create what is missing, and be told something else.
+    let file = fs::File::options().write(true).open(path);
+    let set = file.and_then(|mut file| file.write_all(value.as_bytes()));
+    set.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+}
+
 /// Brings up the loopback interface of the caller's network namespace.
 pub fn loopback_up() -> Result<()> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
@@ -120,9 +131,7 @@ pub fn loopback_up() -> Result<()> {
     request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: SIOCSIFFLAGS reads one ifreq, which lives until after the call.
-    nix::errno::Errno::result(unsafe {
-        libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request)
-    })?;
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) })?;
     Ok(())
 }
 

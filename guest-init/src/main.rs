@@ -6,6 +6,7 @@
 //! - [`connection`]: one host connection: frames in, frames out.
 //! - [`stdio`]: the guest's ends of one process's streams.
 //! - [`container`]: one container: its processes, state and cgroup.
+//! - [`devices`]: special files of a container.
 //! - [`rootfs`]: mounts of a container, in its own mount namespace.
 //! - [`process`]: from clone to execve; [`seccomp`]: the filter on its way.
 //! - [`reap`]: exits, and when they may be told.
@@ -17,6 +18,7 @@
 mod boot;
 mod connection;
 mod container;
+mod devices;
 mod process;
 mod reap;
 mod rootfs;

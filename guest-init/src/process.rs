@@ -171,6 +171,7 @@ fn prepare(process: &Process, filter: Option<&Seccomp>) -> Result<Command> {
     if let Some(score) = process.oom_score_adj {
         std::fs::write("/proc/self/oom_score_adj", score.to_string()).context("process.oomScoreAdj")?;
     }
+    schedule(process)?;
     let entered = nix::unistd::chdir(&process.cwd);
     filter.map_or(Ok(()), seccomp::load)?;
     become_user(process)?;
@@ -207,6 +208,32 @@ fn set_limits(process: &Process) -> Result<()> {
         // SAFETY: the value lives until after the call; the kernel checks the number.
         let result = unsafe { libc::setrlimit(limit.resource, &raw const value) };
         Errno::result(result).with_context(|| format!("process.rlimits: set resource {}", limit.resource))?;
+    }
+    Ok(())
+}
+
+/// sched_setattr(2) and ioprio_set(2), which no library wraps; both may need the privilege that root still has here.
+fn schedule(process: &Process) -> Result<()> {
+    const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+    if let Some(scheduler) = &process.scheduler {
+        let attributes = libc::sched_attr {
+            size: size_of::<libc::sched_attr>() as u32,
+            sched_policy: scheduler.policy,
+            sched_flags: scheduler.flags,
+            sched_nice: scheduler.nice,
+            sched_priority: scheduler.priority,
+            sched_runtime: scheduler.runtime,
+            sched_deadline: scheduler.deadline,
+            sched_period: scheduler.period,
+        };
+        // SAFETY: the attributes live until after the call and say their size; 0 is this process.
+        let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+        Errno::result(result).map_err(|e| anyhow!("process.scheduler: {}", words(e)))?;
+    }
+    if let Some(priority) = process.io_priority {
+        // SAFETY: plain numbers; 0 is this process.
+        let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, priority) };
+        Errno::result(result).map_err(|e| anyhow!("process.ioPriority: {}", words(e)))?;
     }
     Ok(())
 }

@@ -34,6 +34,7 @@ pub fn enter(container: &Container) -> Result<()> {
     for planned in &container.mounts {
         add(&root, planned).with_context(|| format!("mount {}", planned.destination.display()))?;
     }
+    crate::devices::make(&root, &container.devices)?;
     let is_bound =
         |mount: &Mount| mount.destination == Path::new("/dev") && matches!(mount.source, Source::Export(_));
     if !container.mounts.iter().any(is_bound) {

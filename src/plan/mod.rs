@@ -4,17 +4,20 @@
 //! the guest builds. Touches no file, no process, no clock.
 
 pub mod cgroup;
+mod devices;
 pub mod hooks;
 pub mod mounts;
 pub mod options;
 pub mod process;
+pub mod resources;
+mod sysctl;
 pub mod vm;
 
 use std::path::{Path, PathBuf};
 
 use a3s_box_proto as proto;
 use anyhow::{Context, Result, bail};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxPersonalityDomain, Spec};
 
 pub use hooks::Hooks;
 pub use mounts::{Bind, Tree};
@@ -64,6 +67,8 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
     let (tree, mounts) = mounts::plan(spec, rootfs, bundle)?;
     let linux = spec.linux().as_ref();
     let profile = linux.and_then(|linux| linux.seccomp().as_ref());
+    let resources = linux.and_then(|linux| linux.resources().as_ref());
+    let (devices, device_rules) = devices::plan(spec)?;
     let process =
         spec.process().as_ref().context("process: config.json has none, there is nothing to run")?;
     let hooks = hooks::plan(spec)?;
@@ -76,7 +81,12 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
         hostname: spec.hostname().clone(),
         domainname: spec.domainname().clone(),
         mounts,
-        limits: vm::guest_limits(spec)?,
+        limits: resources.map_or(Ok(Vec::new()), resources::limits)?,
+        device_rules,
+        devices,
+        sysctls: sysctl::plan(spec)?,
+        time_offsets: time_offsets(spec)?,
+        personality: personality(spec)?,
         masked_paths: paths(linux.and_then(|linux| linux.masked_paths().as_ref())),
         readonly_paths: paths(linux.and_then(|linux| linux.readonly_paths().as_ref())),
         seccomp: profile.map(crate::seccomp::compile).transpose()?,
@@ -120,7 +130,10 @@ fn namespaces(spec: &Spec) -> Result<Namespaces> {
             LinuxNamespaceType::Ipc => found.ipc = wanted,
             LinuxNamespaceType::Uts => found.uts = wanted,
             // The guest makes these of its own for every container.
-            LinuxNamespaceType::Pid | LinuxNamespaceType::Mount | LinuxNamespaceType::Cgroup
+            LinuxNamespaceType::Pid
+            | LinuxNamespaceType::Mount
+            | LinuxNamespaceType::Cgroup
+            | LinuxNamespaceType::Time
                 if wanted == Namespace::New => {}
             LinuxNamespaceType::Cgroup => {}
             kind if wanted == Namespace::New => bail!("linux.namespaces: {} is not supported", word(kind)),
@@ -131,6 +144,46 @@ fn namespaces(spec: &Spec) -> Result<Namespaces> {
         bail!("linux.namespaces: there is no network namespace, and the host's network is not supported");
     }
     Ok(found)
+}
+
+/// Lines for timens_offsets, where there is a time namespace.
+fn time_offsets(spec: &Spec) -> Result<Option<String>> {
+    let Some(linux) = spec.linux() else { return Ok(None) };
+    let mut offsets: Vec<_> = linux.time_offsets().iter().flatten().collect();
+    let own = linux.namespaces().iter().flatten().any(|one| one.typ() == LinuxNamespaceType::Time);
+    if !own && !offsets.is_empty() {
+        bail!(
+            "linux.timeOffsets: time namespace offsets specified, but time namespace isn't enabled in the config"
+        );
+    }
+    offsets.sort_by_key(|(clock, _)| *clock);
+    let mut lines = String::new();
+    for (clock, offset) in offsets {
+        if !["monotonic", "boottime"].contains(&clock.as_str()) {
+            bail!("linux.timeOffsets: {clock:?} is not \"monotonic\" or \"boottime\"");
+        }
+        let (seconds, nanoseconds) = (offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
+        if nanoseconds > 999_999_999 {
+            bail!("linux.timeOffsets.{clock}.nanosecs: {nanoseconds} is not less than a second");
+        }
+        lines.push_str(&format!("{clock} {seconds} {nanoseconds}\n"));
+    }
+    Ok(own.then_some(lines))
+}
+
+fn personality(spec: &Spec) -> Result<Option<u32>> {
+    /// `PER_LINUX32` of linux/personality.h.
+    const LINUX32: u32 = 8;
+    let Some(personality) = spec.linux().as_ref().and_then(|linux| linux.personality().as_ref()) else {
+        return Ok(None);
+    };
+    if let Some(flag) = personality.flags().iter().flatten().next() {
+        bail!("linux.personality.flags: {flag:?} is not supported: the specification defines none");
+    }
+    Ok(Some(match personality.domain() {
+        LinuxPersonalityDomain::PerLinux => 0,
+        LinuxPersonalityDomain::PerLinux32 => LINUX32,
+    }))
 }
 
 /// config.json's word for a namespace, which the type shows only when it is serialized.
@@ -182,6 +235,43 @@ mod tests {
             let text = planned(|v| v["linux"]["namespaces"] = list).unwrap_err().to_string();
             assert!(text.contains("linux.namespaces") && text.contains(word), "{text}");
         }
+    }
+
+    #[test]
+    fn time_offsets_need_a_namespace_and_known_clocks() {
+        let offsets = |list: Value, offsets: Value| {
+            planned(|v| {
+                v["linux"]["namespaces"] = list;
+                v["linux"]["timeOffsets"] = offsets;
+            })
+            .map(|plan| plan.guest.time_offsets)
+        };
+        let (with, without) = (json!([{"type": "network"}, {"type": "time"}]), json!([{"type": "network"}]));
+        let given = json!({"monotonic": {"secs": -5, "nanosecs": 7}, "boottime": {"secs": 9}});
+        let lines = "boottime 9 0\nmonotonic -5 7\n".to_string();
+        assert_eq!(offsets(with.clone(), given.clone()).unwrap(), Some(lines));
+        assert_eq!(offsets(with.clone(), json!({})).unwrap(), Some(String::new()));
+        assert_eq!(offsets(without.clone(), json!({})).unwrap(), None);
+        for (list, given, words) in [
+            (without, given, "time namespace isn't enabled"),
+            (with.clone(), json!({"realtime": {"secs": 1}}), "\"realtime\" is not"),
+            (with.clone(), json!({"boottime": {"nanosecs": 1_000_000_000}}), "boottime.nanosecs: 1000000000"),
+            (json!([{"type": "network"}, {"type": "time", "path": "/x"}]), json!({}), "time by path"),
+        ] {
+            let text = offsets(list, given).unwrap_err().to_string();
+            assert!(text.contains(words), "{text}");
+        }
+    }
+
+    #[test]
+    fn personalities() {
+        let domain =
+            |value: Value| planned(|v| v["linux"]["personality"] = value).map(|plan| plan.guest.personality);
+        assert_eq!(domain(json!({"domain": "LINUX32"})).unwrap(), Some(8));
+        assert_eq!(domain(json!({"domain": "LINUX"})).unwrap(), Some(0));
+        assert_eq!(domain(Value::Null).unwrap(), None);
+        let text = domain(json!({"domain": "LINUX", "flags": ["X"]})).unwrap_err().to_string();
+        assert!(text.contains("personality.flags: \"X\""), "{text}");
     }
 
     #[test]

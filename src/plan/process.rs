@@ -28,8 +28,85 @@ pub fn plan(process: &Process) -> Result<proto::Process> {
         rlimits: rlimits(process)?,
         capabilities: capabilities(process)?,
         no_new_privileges: process.no_new_privileges() == Some(true),
-        oom_score_adj: process.oom_score_adj(),
+        oom_score_adj: oom_score_adj(process)?,
+        scheduler: scheduler(process)?,
+        io_priority: io_priority(process)?,
     })
+}
+
+fn oom_score_adj(process: &Process) -> Result<Option<i32>> {
+    match process.oom_score_adj() {
+        Some(score) if !(-1000..=1000).contains(&score) => {
+            bail!("process.oomScoreAdj: {score} is not a number from -1000 to 1000")
+        }
+        score => Ok(score),
+    }
+}
+
+/// With the checks and texts of runc.
+fn scheduler(process: &Process) -> Result<Option<proto::Scheduler>> {
+    use oci::LinuxSchedulerPolicy::{
+        SchedBatch, SchedDeadline, SchedFifo, SchedIdle, SchedIso, SchedOther, SchedRr,
+    };
+    let Some(given) = process.scheduler() else { return Ok(None) };
+    let nice = given.nice().unwrap_or(0);
+    if !(-20..=19).contains(&nice) {
+        bail!("process.scheduler: invalid scheduler.nice: {nice}");
+    }
+    let policy = *given.policy();
+    let priority = given.priority().unwrap_or(0);
+    if priority != 0 && !matches!(policy, SchedFifo | SchedRr) {
+        bail!("process.scheduler: scheduler.priority can only be specified for SchedFIFO or SchedRR policy");
+    }
+    let priority =
+        u32::try_from(priority).map_err(|_| anyhow!("process.scheduler.priority: {priority} is negative"))?;
+    let [runtime, deadline, period] =
+        [given.runtime(), given.deadline(), given.period()].map(|value| value.unwrap_or(0));
+    if policy != SchedDeadline && (runtime, deadline, period) != (0, 0, 0) {
+        bail!(
+            "process.scheduler: scheduler runtime/deadline/period can only be specified for SchedDeadline policy"
+        );
+    }
+    let policy = match policy {
+        SchedOther => 0,
+        SchedFifo => 1,
+        SchedRr => 2,
+        SchedBatch => 3,
+        SchedIso => bail!("process.scheduler.policy: SCHED_ISO is not supported: Linux does not have it"),
+        SchedIdle => 5,
+        SchedDeadline => 6,
+    };
+    let flags = given.flags().iter().flatten().fold(0, |bits, flag| bits | scheduler_flag(*flag));
+    Ok(Some(proto::Scheduler { policy, flags, nice, priority, runtime, deadline, period }))
+}
+
+/// `SCHED_FLAG_*` of linux/sched.h, in the order of the specification.
+fn scheduler_flag(flag: oci::LinuxSchedulerFlag) -> u64 {
+    use oci::LinuxSchedulerFlag as Flag;
+    match flag {
+        Flag::SchedResetOnFork => 0x01,
+        Flag::SchedFlagReclaim => 0x02,
+        Flag::SchedFlagDLOverrun => 0x04,
+        Flag::SchedFlagKeepPolicy => 0x08,
+        Flag::SchedFlagKeepParams => 0x10,
+        Flag::SchedFlagUtilClampMin => 0x20,
+        Flag::SchedFlagUtilClampMax => 0x40,
+    }
+}
+
+/// Class and level as ioprio_set(2) packs them.
+fn io_priority(process: &Process) -> Result<Option<u32>> {
+    const CLASS_SHIFT: u32 = 13;
+    let Some(given) = process.io_priority() else { return Ok(None) };
+    let class = match given.class() {
+        oci::IOPriorityClass::IoprioClassRt => 1,
+        oci::IOPriorityClass::IoprioClassBe => 2,
+        oci::IOPriorityClass::IoprioClassIdle => 3,
+    };
+    match given.priority() {
+        level @ 0..=7 => Ok(Some(class << CLASS_SHIFT | level as u32)),
+        level => bail!("process.ioPriority.priority: {level} is not a number from 0 to 7"),
+    }
 }
 
 fn rlimits(process: &Process) -> Result<Vec<proto::Rlimit>> {
@@ -127,6 +204,31 @@ mod tests {
         assert!(text.contains("soft limit 101"), "{text}");
         let text = planned(|v| v["rlimits"] = json!([limit(1), limit(1)])).unwrap_err().to_string();
         assert!(text.contains("twice"), "{text}");
+    }
+
+    #[test]
+    fn scheduling_in_the_kernels_numbers() {
+        let given = planned(|v| {
+            v["scheduler"] = json!({"policy": "SCHED_RR", "priority": 5, "flags": ["SCHED_RESET_ON_FORK"]});
+            v["ioPriority"] = json!({"class": "IOPRIO_CLASS_IDLE", "priority": 4});
+            v["oomScoreAdj"] = json!(-1000);
+        })
+        .unwrap();
+        let expected = proto::Scheduler { policy: 2, flags: 1, priority: 5, ..Default::default() };
+        assert_eq!((given.scheduler, given.io_priority), (Some(expected), Some(3 << 13 | 4)));
+        assert_eq!(given.oom_score_adj, Some(-1000));
+        for (field, value, words) in [
+            ("scheduler", json!({"policy": "SCHED_OTHER", "nice": 20}), "invalid scheduler.nice: 20"),
+            ("scheduler", json!({"policy": "SCHED_OTHER", "priority": 1}), "SchedFIFO or SchedRR"),
+            ("scheduler", json!({"policy": "SCHED_FIFO", "priority": -1}), "priority: -1 is negative"),
+            ("scheduler", json!({"policy": "SCHED_FIFO", "period": 1}), "SchedDeadline policy"),
+            ("scheduler", json!({"policy": "SCHED_ISO"}), "SCHED_ISO"),
+            ("ioPriority", json!({"class": "IOPRIO_CLASS_BE", "priority": 8}), "ioPriority.priority: 8"),
+            ("oomScoreAdj", json!(1001), "process.oomScoreAdj: 1001"),
+        ] {
+            let text = planned(|v| v[field] = value).unwrap_err().to_string();
+            assert!(text.contains(words), "{text}");
+        }
     }
 
     #[test]

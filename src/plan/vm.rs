@@ -70,6 +70,9 @@ fn resources(spec: &Spec) -> Option<&LinuxResources> {
 }
 
 fn vcpus(resources: Option<&LinuxResources>) -> Result<u8> {
+    if let Some(vcpus) = unified(resources, "cpu.max").and_then(vcpus_of_cpu_max) {
+        return Ok(vcpus.clamp(1, MAX_VCPUS.into()) as u8);
+    }
     let Some(cpu) = resources.and_then(|r| r.cpu().as_ref()) else { return Ok(DEFAULT_VCPUS) };
     let wanted = match (cpu.quota(), cpu.period(), cpu.cpus()) {
         (Some(quota), period, _) if quota > 0 => (quota as u64).div_ceil(period.unwrap_or(100_000).max(1)),
@@ -77,6 +80,16 @@ fn vcpus(resources: Option<&LinuxResources>) -> Result<u8> {
         _ => return Ok(DEFAULT_VCPUS),
     };
     Ok(wanted.clamp(1, MAX_VCPUS.into()) as u8)
+}
+
+/// `QUOTA PERIOD`, as cgroup v2 writes it.
+fn vcpus_of_cpu_max(text: &str) -> Option<u64> {
+    let (quota, period) = text.split_once(' ').unwrap_or((text, "100000"));
+    Some(quota.parse::<u64>().ok()?.div_ceil(period.trim().parse::<u64>().ok()?.max(1)))
+}
+
+fn unified<'a>(resources: Option<&'a LinuxResources>, key: &str) -> Option<&'a str> {
+    resources?.unified().as_ref()?.get(key).map(|value| value.trim())
 }
 
 fn cpuset_size(cpus: &str) -> Result<u64> {
@@ -95,6 +108,9 @@ fn cpuset_size(cpus: &str) -> Result<u64> {
 }
 
 fn memory_limit(resources: Option<&LinuxResources>) -> Result<Option<i64>> {
+    if let Some(limit) = unified(resources, "memory.max").and_then(|text| text.parse().ok()) {
+        return Ok(Some(limit));
+    }
     match resources.and_then(|r| r.memory().as_ref()).and_then(|m| m.limit()) {
         None | Some(-1 | 0) => Ok(None),
         Some(limit) if limit < -1 => bail!("linux.resources.memory.limit: {limit} is not a number of bytes"),
@@ -110,35 +126,6 @@ fn memory_mib(resources: Option<&LinuxResources>) -> Result<u32> {
         Ok(mib) => Ok(mib.max(MIN_MEMORY_MIB)),
         Err(_) => bail!("linux.resources.memory.limit: {limit} bytes are more than a VM can have"),
     }
-}
-
-/// The container's own limits, as cgroup v2 files of the guest.
-pub fn guest_limits(spec: &Spec) -> Result<Vec<(String, String)>> {
-    let Some(resources) = resources(spec) else { return Ok(Vec::new()) };
-    let mut limits = Vec::new();
-    let mut set = |file: &str, value: String| limits.push((file.to_string(), value));
-    if let Some(limit) = memory_limit(Some(resources))? {
-        set("memory.max", limit.to_string());
-    }
-    if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()).filter(|limit| *limit > 0) {
-        set("pids.max", limit.to_string());
-    }
-    if let Some(cpu) = resources.cpu() {
-        let period = cpu.period().unwrap_or(100_000);
-        match cpu.quota() {
-            Some(quota) if quota > 0 => set("cpu.max", format!("{quota} {period}")),
-            _ => {}
-        }
-        if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
-            set("cpu.weight", weight(shares).to_string());
-        }
-    }
-    Ok(limits)
-}
-
-/// cgroup v1 shares (2 to 262144) as a cgroup v2 weight (1 to 10000), by the formula every runtime uses.
-fn weight(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
 #[cfg(test)]
@@ -167,6 +154,8 @@ mod tests {
             (json!({"memory": {"limit": 536_870_912}}), (2, 586)),
             (json!({"memory": {"limit": 4096}}), (2, 96)),
             (json!({"memory": {"limit": -1}}), (2, 2048)),
+            (json!({"unified": {"memory.max": "536870912", "cpu.max": "250000 100000"}}), (3, 586)),
+            (json!({"unified": {"memory.max": "max", "cpu.max": "max"}}), (2, 2048)),
         ] {
             assert_eq!(sized(resources.clone(), json!({})).unwrap(), expected, "{resources}");
         }
@@ -192,17 +181,5 @@ mod tests {
             let text = sized(resources, annotations).unwrap_err().to_string();
             assert!(text.contains(words), "{text}");
         }
-    }
-
-    #[test]
-    fn the_guest_holds_the_exact_limits() {
-        let spec = spec(|v| {
-            v["linux"]["resources"] = json!({"memory": {"limit": 1000}, "pids": {"limit": 7},
-                "cpu": {"quota": 50_000, "period": 20_000, "shares": 1024}});
-        });
-        let expected =
-            [("memory.max", "1000"), ("pids.max", "7"), ("cpu.max", "50000 20000"), ("cpu.weight", "39")];
-        let expected = expected.map(|(file, value)| (file.to_string(), value.to_string()));
-        assert_eq!(guest_limits(&spec).unwrap(), expected);
     }
 }

@@ -144,19 +144,74 @@ pub const CONFIGS: &[Bad] = &[
         &["linux", "SCMP_ACT_NONSENSE"],
     ),
     bad(
-        "bad-input/devices",
-        |c| c.set("/linux/devices", json!([{ "path": "/dev/x", "type": "c", "major": 1, "minor": 3 }])),
-        &["linux.devices"],
+        "bad-input/a-device-of-the-hosts",
+        |c| {
+            c.set(
+                "/linux/devices",
+                json!([{ "path": "/dev/nvidia0", "type": "c", "major": 195, "minor": 0 }]),
+            )
+        },
+        &["linux.devices: /dev/nvidia0", "195:0"],
     ),
     bad(
-        "bad-input/an-allowed-device",
-        |c| c.set("/linux/resources/devices", json!([{ "allow": true, "access": "rwm" }])),
-        &["linux.resources.devices"],
+        "bad-input/a-device-without-a-place",
+        |c| c.set("/linux/devices", json!([{ "path": "dev/x", "type": "c", "major": 1, "minor": 3 }])),
+        &["linux.devices[0]", "dev/x"],
     ),
     bad(
-        "bad-input/sysctl",
-        |c| c.set("/linux/sysctl", json!({ "net.ipv4.ip_forward": "1" })),
-        &["linux.sysctl", "ip_forward"],
+        "bad-input/a-device-rule-about-nothing",
+        |c| c.set("/linux/resources/devices", json!([{ "allow": true, "access": "q" }])),
+        &["linux.resources.devices[0]", "\"q\""],
+    ),
+    bad(
+        "bad-input/a-sysctl-of-the-whole-kernel",
+        |c| c.set("/linux/sysctl", json!({ "kernel.core_pattern": "|/x" })),
+        &["linux.sysctl", "kernel.core_pattern", "is not in a separate kernel namespace"],
+    ),
+    bad(
+        "bad-input/a-sysctl-that-does-not-exist",
+        |c| c.set("/linux/sysctl", json!({ "net.ipv4.no_such_thing": "1" })),
+        &["linux.sysctl", "net/ipv4/no_such_thing", "no such file"],
+    ),
+    bad(
+        "bad-input/a-sysctl-that-climbs",
+        |c| c.set("/linux/sysctl", json!({ "net/../kernel/core_pattern": "|/x" })),
+        &["linux.sysctl", "is not the name of a parameter"],
+    ),
+    bad(
+        "bad-input/swap-below-memory",
+        |c| c.set("/linux/resources/memory", json!({ "limit": 1 << 29, "swap": 1 << 28 })),
+        &["memory.swap", "memory+swap limit should be >= memory limit"],
+    ),
+    bad(
+        "bad-input/swap-without-memory",
+        |c| c.set("/linux/resources/memory/swap", json!(1 << 30)),
+        &["memory.swap", "unable to set swap limit without memory limit"],
+    ),
+    bad(
+        "bad-input/a-huge-page-size-that-makes-no-sense",
+        |c| c.set("/linux/resources/hugepageLimits", json!([{ "pageSize": "2 MB", "limit": 1 }])),
+        &["hugepageLimits", "2 MB"],
+    ),
+    bad(
+        "bad-input/an-io-priority-out-of-range",
+        |c| c.set("/process/ioPriority", json!({ "class": "IOPRIO_CLASS_BE", "priority": 9 })),
+        &["process.ioPriority", "9"],
+    ),
+    bad(
+        "bad-input/a-unified-key-that-climbs",
+        |c| c.set("/linux/resources/unified", json!({ "../memory.max": "1" })),
+        &["linux.resources.unified", "../memory.max"],
+    ),
+    bad(
+        "bad-input/a-scheduler-that-makes-no-sense",
+        |c| c.set("/process/scheduler", json!({ "policy": "SCHED_OTHER", "nice": 50 })),
+        &["process.scheduler", "50"],
+    ),
+    bad(
+        "bad-input/an-oom-score-out-of-range",
+        |c| c.set("/process/oomScoreAdj", json!(1001)),
+        &["oomScoreAdj", "1001"],
     ),
     bad(
         "bad-input/uid-mappings",
@@ -164,45 +219,14 @@ pub const CONFIGS: &[Bad] = &[
         &["linux.uidMappings"],
     ),
     bad(
-        "bad-input/rshared-root",
-        |c| c.set("/linux/rootfsPropagation", json!("rshared")),
-        &["rootfsPropagation", "rshared"],
-    ),
-    bad("bad-input/intel-rdt", |c| c.set("/linux/intelRdt", json!({ "closID": "x" })), &["linux.intelRdt"]),
-    bad(
-        "bad-input/personality",
-        |c| c.set("/linux/personality", json!({ "domain": "LINUX32" })),
-        &["linux.personality"],
+        "bad-input/a-personality-with-flags",
+        |c| c.set("/linux/personality", json!({ "domain": "LINUX", "flags": ["X"] })),
+        &["linux.personality.flags", "X"],
     ),
     bad(
         "bad-input/time-offsets",
         |c| c.set("/linux/timeOffsets", json!({ "monotonic": { "secs": 1 } })),
         &["linux.timeOffsets"],
-    ),
-    bad(
-        "bad-input/block-io",
-        |c| c.set("/linux/resources/blockIO", json!({ "weight": 10 })),
-        &["linux.resources.blockIO"],
-    ),
-    bad(
-        "bad-input/swap",
-        |c| c.set("/linux/resources/memory", json!({ "limit": 268435456, "swap": 536870912 })),
-        &["memory.swap"],
-    ),
-    bad(
-        "bad-input/hugepages",
-        |c| c.set("/linux/resources/hugepageLimits", json!([{ "pageSize": "2MB", "limit": 1 }])),
-        &["hugepageLimits"],
-    ),
-    bad(
-        "bad-input/scheduler",
-        |c| c.set("/process/scheduler", json!({ "policy": "SCHED_FIFO" })),
-        &["process.scheduler"],
-    ),
-    bad(
-        "bad-input/io-priority",
-        |c| c.set("/process/ioPriority", json!({ "class": "IOPRIO_CLASS_IDLE", "priority": 7 })),
-        &["process.ioPriority"],
     ),
     bad("bad-input/windows", |c| c.set("/windows", json!({ "layerFolders": ["x"] })), &["windows"]),
     bad("bad-input/a-vm-section", |c| c.set("/vm", json!({ "kernel": { "path": "/vmlinuz" } })), &["vm"]),

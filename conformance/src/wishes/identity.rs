@@ -214,7 +214,7 @@ fn refused(world: &'static World) -> Result<()> {
     let mine = |kind: &str| format!("/proc/{}/ns/{kind}", own());
     for (list, words) in [
         (json!([network, { "type": "user" }]), "user"),
-        (json!([network, { "type": "time" }]), "time"),
+        (json!([network, { "type": "time", "path": mine("time") }]), "time"),
         (json!([network, { "type": "pid", "path": mine("pid") }]), "pid"),
         (json!([network, { "type": "mount", "path": mine("mnt") }]), "mount"),
         (json!([network, network]), "twice"),

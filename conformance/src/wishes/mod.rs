@@ -9,6 +9,7 @@ mod death;
 mod detach;
 mod environment;
 mod exec;
+mod fields;
 mod hooks;
 mod hostile;
 mod hostile_rootfs;
@@ -54,6 +55,7 @@ pub fn all() -> Vec<Case> {
             resources::cases(),
             seccomp::cases(),
             systemd::cases(),
+            fields::cases(),
             listing::cases(),
             bad_input::cases(),
             calling::cases(),

@@ -74,7 +74,7 @@ fn defaults(world: &'static World) -> Result<()> {
 fn unlimited(world: &'static World) -> Result<()> {
     for resources in [
         json!({ "memory": { "limit": -1 }, "cpu": { "quota": -1 } }),
-        json!({ "memory": { "limit": 0 }, "pids": { "limit": 0 }, "cpu": { "quota": 0, "shares": 0 } }),
+        json!({ "memory": { "limit": 0 }, "pids": { "limit": -1 }, "cpu": { "quota": 0, "shares": 0 } }),
         json!({ "memory": {}, "cpu": {} }),
         json!({}),
     ] {

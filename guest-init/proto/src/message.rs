@@ -89,6 +89,16 @@ pub struct Container {
     pub mounts: Vec<Mount>,
     /// Its cgroup's limits: file of cgroup v2 and the value to write.
     pub limits: Vec<(String, String)>,
+    /// What its processes may do with which devices; of the rules that fit, the last one decides. `None` for all.
+    pub device_rules: Option<Vec<DeviceRule>>,
+    /// Devices and FIFOs to make.
+    pub devices: Vec<Device>,
+    /// Kernel parameters of its namespaces: path below /proc/sys and the value to write.
+    pub sysctls: Vec<(PathBuf, String)>,
+    /// Lines for /proc/self/timens_offsets, if it has a time namespace of its own.
+    pub time_offsets: Option<String>,
+    /// Execution domain of all its processes (personality(2)), if one was given.
+    pub personality: Option<u32>,
     /// Paths hidden from the container.
     pub masked_paths: Vec<PathBuf>,
     /// Paths made read-only in the container.
@@ -117,6 +127,49 @@ pub struct Hook {
     pub timeout: Option<u64>,
 }
 
+/// A rule about devices. What is `None` fits all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceRule {
+    /// Whether it allows or denies.
+    pub allow: bool,
+    /// Of which kind.
+    pub kind: Option<DeviceKind>,
+    /// Major number.
+    pub major: Option<u32>,
+    /// Minor number.
+    pub minor: Option<u32>,
+    /// What: the sum of 1 (mknod), 2 (read) and 4 (write), the kernel's `BPF_DEVCG_ACC_*`.
+    pub access: u32,
+}
+
+/// Kind of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceKind {
+    /// Block device.
+    Block,
+    /// Character device.
+    Char,
+}
+
+/// A special file of a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// Where, inside the container.
+    pub path: PathBuf,
+    /// Kind and numbers; `None` for a FIFO.
+    pub number: Option<(DeviceKind, u32, u32)>,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Whether it is left out, rather than an error, where the guest kernel has no such device.
+    pub optional: bool,
+}
+
 /// A process as the guest starts it: config.json's, checked and in the kernel's own terms.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -143,6 +196,30 @@ pub struct Process {
     pub no_new_privileges: bool,
     /// Value for oom_score_adj, if one was given.
     pub oom_score_adj: Option<i32>,
+    /// How it is scheduled, if that was given.
+    pub scheduler: Option<Scheduler>,
+    /// Priority of its I/O, class included (ioprio_set(2)), if one was given.
+    pub io_priority: Option<u32>,
+}
+
+/// Scheduling policy and attributes (sched_setattr(2)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scheduler {
+    /// `SCHED_*` number.
+    pub policy: u32,
+    /// `SCHED_FLAG_*` bits.
+    pub flags: u64,
+    /// Nice value.
+    pub nice: i32,
+    /// Real-time priority.
+    pub priority: u32,
+    /// Nanoseconds of `SCHED_DEADLINE`.
+    pub runtime: u64,
+    /// Nanoseconds of `SCHED_DEADLINE`.
+    pub deadline: u64,
+    /// Nanoseconds of `SCHED_DEADLINE`.
+    pub period: u64,
 }
 
 /// Most instructions that the kernel takes in one filter (BPF_MAXINSNS).
@@ -323,6 +400,7 @@ mod tests {
             umask: Some(0o27),
             rlimits: vec![Rlimit { resource: 7, soft: 1, hard: u64::MAX }],
             capabilities: Capabilities { bounding: u64::MAX, ..Capabilities::default() },
+            scheduler: Some(Scheduler { policy: 6, period: u64::MAX, ..Scheduler::default() }),
             ..Process::default()
         }
     }
@@ -361,6 +439,24 @@ mod tests {
                 },
             ],
             limits: vec![("pids.max".into(), "64".into())],
+            device_rules: Some(vec![DeviceRule {
+                allow: true,
+                kind: Some(DeviceKind::Block),
+                major: Some(7),
+                minor: None,
+                access: 5,
+            }]),
+            devices: vec![Device {
+                path: "/dev/fuse".into(),
+                number: Some((DeviceKind::Char, 10, 229)),
+                mode: 0o666,
+                uid: 0,
+                gid: 5,
+                optional: true,
+            }],
+            sysctls: vec![("kernel/sem".into(), "250 32000 32 128".into())],
+            time_offsets: Some("monotonic 1 0\n".into()),
+            personality: Some(8),
             masked_paths: vec!["/proc/kcore".into()],
             readonly_paths: vec![],
             seccomp: Some(Seccomp { flags: 2, program: vec![u64::MAX; MAX_FILTER] }),

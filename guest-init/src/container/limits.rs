@@ -4,10 +4,14 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Component, Path, PathBuf};
 
+use a3s_box_proto::Container;
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::unistd::Pid;
 
-use crate::boot::CGROUP_ROOT;
+use super::device_filter;
+use crate::boot::{CGROUP_ROOT, set};
+use crate::process::words;
 
 /// A cgroup v2 directory of one container.
 pub struct Cgroup {
@@ -15,18 +19,30 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes it below the guest's root cgroup and writes its limits.
-    pub fn create(id: &str, limits: &[(String, String)]) -> Result<Self> {
-        let path = PathBuf::from(CGROUP_ROOT).join(id);
-        fs::create_dir(&path).with_context(|| format!("make the guest's cgroup {id}"))?;
+    /// Makes it below the guest's root cgroup, with its limits.
+    pub fn create(spec: &Container) -> Result<Self> {
+        let path = PathBuf::from(CGROUP_ROOT).join(&spec.id);
+        fs::create_dir(&path).with_context(|| format!("make the guest's cgroup {}", spec.id))?;
         let cgroup = Cgroup { path };
-        for (file, value) in limits {
-            if let Err(error) = fs::write(cgroup.path.join(file), value) {
-                cgroup.remove();
-                return Err(error).with_context(|| format!("set {file} to {value} in the guest"));
-            }
+        if let Err(error) = cgroup.bound(spec) {
+            cgroup.remove();
+            return Err(error);
         }
         Ok(cgroup)
+    }
+
+    fn bound(&self, spec: &Container) -> Result<()> {
+        for (file, value) in &spec.limits {
+            match set(self.path.join(file), value) {
+                Ok(()) => {}
+                // What the guest cannot limit has no limit, and a guest without swap keeps every limit of it.
+                Err(Errno::ENOENT) if value.starts_with("max") || file == "memory.swap.max" => {}
+                Err(errno) => bail!("linux.resources: set {file} to {value} in the guest: {}", words(errno)),
+            }
+        }
+        let Some(rules) = &spec.device_rules else { return Ok(()) };
+        let dir = File::open(&self.path).context("open the container's cgroup in the guest")?;
+        device_filter::attach(&dir, rules).context("linux.resources.devices")
     }
 
     /// A descriptor through which a process can [`join`] from any mount namespace.

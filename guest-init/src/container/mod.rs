@@ -3,6 +3,7 @@
 //! In: a planned container or process. Out: a child that builds itself and reports on its status pipe. Must not: do
 //! in pid 1 what could block; every mount and every look into the container's files happens in the child.
 
+mod device_filter;
 mod limits;
 
 use std::fs::File;
@@ -10,13 +11,14 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use a3s_box_proto::{self as proto, Process, ProcessInfo, Seccomp};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{Pid, pipe2};
 
-use crate::process::{Pipes, Side, arrange, become_workload, fork, leave};
+use crate::boot::set;
+use crate::process::{Pipes, Side, arrange, become_workload, fork, leave, words};
 use crate::stdio::{self, Stdio};
 use limits::Cgroup;
 
@@ -48,6 +50,8 @@ pub struct Container {
     cgroup: Cgroup,
     /// Binds further processes as it does the first.
     seccomp: Option<Seccomp>,
+    own_time: bool,
+    personality: Option<u32>,
     /// Held until the container is forgotten. If its last process took the namespace along, virtiofs submounts would
     /// go while their files' releases are still under way, and the guest kernel stops at "Busy inodes after unmount".
     mounts: Option<File>,
@@ -65,7 +69,7 @@ pub struct Born {
 
 /// Clones the first process of a container into namespaces of its own; there it builds the rest.
 pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
-    let cgroup = Cgroup::create(&spec.id, &spec.limits)?;
+    let cgroup = Cgroup::create(spec)?;
     let (stdio, ends) = stdio::pipes()?;
     let (status, child_status) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
     let (child_gate, gate) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
@@ -91,6 +95,8 @@ pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
         pidfd: pidfd_open(pid)?,
         cgroup,
         seccomp: spec.seccomp.clone(),
+        own_time: spec.time_offsets.is_some(),
+        personality: spec.personality,
         mounts: File::open(format!("/proc/{pid}/ns/mnt")).ok(),
     };
     Ok((container, Born { pid, stdio, status }))
@@ -107,7 +113,33 @@ fn build(spec: &proto::Container, cgroup: &Cgroup) -> Result<()> {
     if let Some(domainname) = &spec.domainname {
         std::fs::write("/proc/sys/kernel/domainname", domainname).context("domainname")?;
     }
+    for (path, value) in &spec.sysctls {
+        if let Err(errno) = set(Path::new("/proc/sys").join(path), value) {
+            bail!("linux.sysctl: set /proc/sys/{} to {value:?}: {}", path.display(), words(errno));
+        }
+    }
+    if let Some(offsets) = &spec.time_offsets {
+        own_time(offsets).context("time namespace")?;
+    }
+    set_personality(spec.personality)?;
     crate::rootfs::enter(spec)
+}
+
+/// Moves the calling process into a time namespace of its own: unshare alone does so for children only, and the
+/// offsets can be set as long as nobody is in it.
+fn own_time(offsets: &str) -> Result<()> {
+    unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)).context("make it")?;
+    if !offsets.is_empty() {
+        set("/proc/self/timens_offsets", offsets).map_err(|e| anyhow!("linux.timeOffsets: {}", words(e)))?;
+    }
+    let namespace = File::open("/proc/self/ns/time_for_children").context("open it")?;
+    setns(namespace, CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)).context("enter it")
+}
+
+fn set_personality(domain: Option<u32>) -> Result<()> {
+    let Some(domain) = domain else { return Ok(()) };
+    // SAFETY: personality takes a plain number and touches no memory of ours.
+    Errno::result(unsafe { libc::personality(domain.into()) }).context("linux.personality").map(drop)
 }
 
 impl Container {
@@ -132,7 +164,7 @@ impl Container {
                 .and_then(|doors| Ok((doors, self.enter()?, fork(libc::CLONE_PARENT)?)))
             {
                 Ok((doors, (), Side::Child)) => {
-                    let joined = limits::join(&doors);
+                    let joined = limits::join(&doors).and_then(|()| set_personality(self.personality));
                     let story = arrange(ends, Pipes { status: child_status, gate: None });
                     match joined {
                         Ok(()) => become_workload(process, self.seccomp.as_ref(), story, None),
@@ -159,12 +191,15 @@ impl Container {
     }
 
     fn enter(&self) -> Result<()> {
-        let namespaces = CloneFlags::CLONE_NEWPID
+        let mut namespaces = CloneFlags::CLONE_NEWPID
             | CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWNET
             | CloneFlags::CLONE_NEWIPC
             | CloneFlags::CLONE_NEWUTS
             | CloneFlags::CLONE_NEWCGROUP;
+        if self.own_time {
+            namespaces |= CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
+        }
         setns(&self.pidfd, namespaces).context("enter the container's namespaces")
     }
 
