@@ -26,6 +26,8 @@ pub enum At {
     All,
     /// Where they are VMs on a host that systemd runs.
     Systemd,
+    /// Where engines drive the runtime.
+    Engines,
 }
 
 impl At {
@@ -35,6 +37,7 @@ impl At {
             Level::Vm => matches!(self, At::Vm | At::Both | At::All),
             Level::Smoke => self == At::All,
             Level::Systemd => self == At::Systemd,
+            Level::Engines => self == At::Engines,
         }
     }
 }

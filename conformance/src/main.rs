@@ -1,7 +1,7 @@
 //! Black-box tests of an OCI runtime's command line.
 //!
 //! Knows nothing of the runtime's code: it makes bundles, runs commands, looks at what they print and what they leave.
-//! [`cases`] runs the tests, [`wishes`] holds them; [`world`], [`container`] and [`config`] are what they are made of;
+//! [`cases`] runs the tests, [`wishes`] and [`engines`] hold them; [`world`], [`container`] and [`config`] are what they are made of;
 //! [`process`] keeps a hanging command from hanging the suite; [`leaks`] counts what is left at the end.
 
 #![forbid(unsafe_code)]
@@ -9,6 +9,7 @@
 mod cases;
 mod config;
 mod container;
+mod engines;
 mod leaks;
 mod options;
 mod process;
@@ -45,7 +46,8 @@ fn main() -> ExitCode {
 }
 
 fn suite(options: &Options) -> Result<bool> {
-    let cases = wishes::all();
+    let mut cases = wishes::all();
+    cases.extend(engines::all());
     if options.list {
         cases::names(&cases, options.level).iter().for_each(|name| println!("{name}"));
         return Ok(true);

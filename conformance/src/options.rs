@@ -7,12 +7,13 @@ use anyhow::{Context, Result, bail};
 
 /// What it says when asked.
 pub const USAGE: &str = "\
-usage: a3s-box-conformance --runtime PATH --level local|vm|systemd|smoke --rootfs busybox=DIR [--rootfs debian=DIR]
-                           [--full] [--list] [FILTER...]
+usage: a3s-box-conformance --runtime PATH --level local|vm|systemd|smoke|engines --rootfs busybox=DIR
+                           [--rootfs debian=DIR] [--full] [--list] [FILTER...]
 
 Tests an OCI runtime through its command line. Root only.
   --level   local: containers are cheap, everything runs; vm: every container is an emulated VM, many checks in each;
-            systemd: VMs on a host that systemd runs, and what they have to do with it; smoke: does it work at all
+            systemd: VMs on a host that systemd runs, and what they have to do with it; smoke: does it work at all;
+            engines: as docker, podman, containerd and CRI-O (by conmon) drive it
   --rootfs  root file systems; they are copied, or used without being written to
   --full    full length: 100 MB streams, long loops
   --list    print the tests' names
@@ -30,6 +31,8 @@ pub enum Level {
     Systemd,
     /// Seconds, and only a sign of life is wanted.
     Smoke,
+    /// Seconds, and engines make them.
+    Engines,
 }
 
 /// What was asked for.
@@ -66,7 +69,8 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Options>> {
                     "vm" => Level::Vm,
                     "systemd" => Level::Systemd,
                     "smoke" => Level::Smoke,
-                    other => bail!("--level {other}: local, vm, systemd or smoke"),
+                    "engines" => Level::Engines,
+                    other => bail!("--level {other}: local, vm, systemd, smoke or engines"),
                 });
             }
             "--rootfs" => {

@@ -31,6 +31,8 @@ mod systemd;
 
 use crate::cases::{At, Case, sharing};
 
+pub use run::same;
+
 /// Every test, in the order they run.
 pub fn all() -> Vec<Case> {
     let shared =
