@@ -28,12 +28,7 @@ pub fn open(dir: &Path) -> Result<Bundle> {
     let dir = fs::canonicalize(dir).with_context(|| format!("bundle {}", dir.display()))?;
     let path = dir.join("config.json");
     let text = fs::read(&path).with_context(|| format!("open {}", path.display()))?;
-    let config: serde_json::Value =
-        serde_json::from_slice(&text).with_context(|| format!("{} is not valid JSON", path.display()))?;
-    check_version(&config["ociVersion"])?;
-    let warnings = support::check(&config)?;
-    let spec: Spec =
-        serde_path(config).with_context(|| format!("{} is not a runtime configuration", path.display()))?;
+    let (spec, warnings) = parse(&text, &path)?;
     let root = spec.root().as_ref().context("root: config.json gives no root file system")?;
     let rootfs = dir.join(root.path());
     let metadata = fs::metadata(&rootfs).with_context(|| format!("root.path {}", rootfs.display()))?;
@@ -41,6 +36,17 @@ pub fn open(dir: &Path) -> Result<Bundle> {
         bail!("root.path {}: not a directory", rootfs.display());
     }
     Ok(Bundle { dir, spec, rootfs, warnings })
+}
+
+/// Reads the text of the config.json at `path`: what it asks for, and a line for each field that is ignored.
+pub fn parse(text: &[u8], path: &Path) -> Result<(Spec, Vec<String>)> {
+    let config: serde_json::Value =
+        serde_json::from_slice(text).with_context(|| format!("{} is not valid JSON", path.display()))?;
+    check_version(&config["ociVersion"])?;
+    let warnings = support::check(&config)?;
+    let spec =
+        serde_path(config).with_context(|| format!("{} is not a runtime configuration", path.display()))?;
+    Ok((spec, warnings))
 }
 
 /// Typed reading, with the field's name where it goes wrong.

@@ -14,12 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::plan::cgroup::Place;
-pub use systemd::Scope;
+use crate::plan::cgroup::{OWN_PARENT, Place, Scope};
 
 const ROOT: &str = "/sys/fs/cgroup";
-/// Where containers without a `cgroupsPath` live.
-pub const OWN_PARENT: &str = "a3s-box";
 
 /// One cgroup, in one v2 hierarchy or in all v1 hierarchies.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

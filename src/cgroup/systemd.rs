@@ -14,22 +14,14 @@ use rustbus::message_builder::MarshalledMessage;
 use rustbus::wire::ObjectPath;
 use rustbus::wire::errors::MarshalError;
 use rustbus::{MessageBuilder, MessageType, RpcConn};
-use serde::{Deserialize, Serialize};
+
+use crate::plan::cgroup::Scope;
 
 const SYSTEMD: &str = "org.freedesktop.systemd1";
 const OBJECT: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 /// How long systemd may take for one job.
 const WAIT: Duration = Duration::from_secs(20);
-
-/// A scope of ours.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Scope {
-    /// The slice it is in; systemd knows where that lies (`a-b.slice` in `a.slice`).
-    pub slice: String,
-    /// Its name.
-    pub unit: String,
-}
 
 /// A property's value: a variant of D-Bus.
 #[derive(Debug, rustbus::Marshal, rustbus::Unmarshal, rustbus::Signature)]

@@ -3,9 +3,21 @@
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
 
-use crate::cgroup::{OWN_PARENT, Scope};
 use crate::cli::CgroupManager;
+
+/// Where containers without a `cgroupsPath` live.
+pub const OWN_PARENT: &str = "a3s-box";
+
+/// A scope of ours.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scope {
+    /// The slice it is in; systemd knows where that lies (`a-b.slice` in `a.slice`).
+    pub slice: String,
+    /// Its name.
+    pub unit: String,
+}
 
 /// Where the cgroup lies, and so who makes it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -275,6 +275,23 @@ mod tests {
     }
 
     #[test]
+    fn what_the_fuzzer_starts_from_is_planned_or_refused_in_a_line() {
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/config");
+        let mut planned = 0;
+        for entry in std::fs::read_dir(corpus).unwrap() {
+            let path = entry.unwrap().path();
+            let text = std::fs::read(&path).unwrap();
+            let plan = crate::bundle::parse(&text, &path)
+                .and_then(|(spec, _)| plan("c1", &spec, Path::new("/b/rootfs"), Path::new("/b")));
+            match plan {
+                Ok(_) => planned += 1,
+                Err(error) => assert!(!format!("{error:#}").contains('\n'), "{}: {error:#}", path.display()),
+            }
+        }
+        assert!(planned >= 3, "{planned} were planned");
+    }
+
+    #[test]
     fn a_config_without_a_program_is_refused() {
         assert!(
             planned(|v| v["process"]["args"] = json!([])).unwrap_err().to_string().contains("process.args")

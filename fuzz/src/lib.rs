@@ -1,0 +1,14 @@
+//! The host's pure modules, from bytes to a plan, for the fuzzer: `cargo +nightly fuzz run config` in this directory's
+//! parent.
+#![allow(dead_code)]
+
+#[path = "../../src/bundle.rs"]
+pub mod bundle;
+#[path = "../../src/cli.rs"]
+pub mod cli;
+#[path = "../../src/plan/mod.rs"]
+pub mod plan;
+#[path = "../../src/seccomp.rs"]
+pub mod seccomp;
+#[path = "../../src/support/mod.rs"]
+pub mod support;
