@@ -143,7 +143,7 @@ pub struct Engine {
     /// Write the process's pid to this file
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
-    /// Unix socket that is to receive the terminal's master (not supported)
+    /// Unix socket that is to receive the terminal's master
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,
     /// Unix socket that is to receive a pidfd of the process's pid
@@ -240,7 +240,7 @@ pub struct Exec {
     /// Set no_new_privs
     #[arg(long)]
     pub no_new_privs: bool,
-    /// Give the process a terminal (not supported)
+    /// Give the process a terminal
     #[arg(short, long)]
     pub tty: bool,
     /// Return once the process runs; another process stays and stands for it

@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ use crate::log::sentence;
 use crate::plan::{Namespace, Plan};
 use crate::relay::{self, Post, Vm, VmDied};
 use crate::store::VM_DIR;
-use crate::vmm;
+use crate::{terminal, vmm};
 
 /// The file in the container's directory that holds the monitor's last message: an [`End`], or nothing where the
 /// monitor was killed.
@@ -84,8 +84,9 @@ pub struct Handle {
     channel: OwnedFd,
 }
 
-/// Clones a monitor, which waits to be told to go on. `dir` is the container's directory.
-pub fn spawn(plan: Plan, dir: &Path) -> Result<Handle> {
+/// Clones a monitor, which waits to be told to go on. `dir` is the container's directory, `slave` the other end of a
+/// pty that takes the place of the caller's streams.
+pub fn spawn(plan: Plan, dir: &Path, slave: Option<OwnedFd>) -> Result<Handle> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .context("socketpair")?;
     let joined = Joined::open(&plan)?;
@@ -104,10 +105,9 @@ pub fn spawn(plan: Plan, dir: &Path) -> Result<Handle> {
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
     match Errno::result(pid).context("clone the monitor")? {
         0 => {
-            let kept: Vec<_> =
-                joined.0.iter().map(|(_, fd, _)| fd.as_raw_fd()).chain([theirs.as_raw_fd()]).collect();
-            jail::keep_only(&kept);
-            let status = live(plan, dir, joined, theirs);
+            let fds = joined.0.iter().map(|(_, fd, _)| fd).chain([&theirs]).chain(&slave);
+            jail::keep_only(&fds.map(AsRawFd::as_raw_fd).collect::<Vec<_>>());
+            let status = live(plan, dir, joined, slave, theirs);
             // SAFETY: _exit takes any status and does not return; no exit handler of the parent's may run here.
             unsafe { libc::_exit(status) }
         }
@@ -246,16 +246,17 @@ impl Reporter {
 }
 
 /// The monitor's life. Returns its exit status.
-fn live(plan: Plan, dir: &Path, joined: Joined, channel: OwnedFd) -> i32 {
+fn live(plan: Plan, dir: &Path, joined: Joined, slave: Option<OwnedFd>, channel: OwnedFd) -> i32 {
     let reporter = Reporter(channel);
     // Not a process is started, nor memory taken, before this one is in its cgroup.
     if !reporter.may_go_on() {
         return 1;
     }
-    let born = prepare(plan, dir, joined, &reporter).and_then(|mut stage| {
-        let connection = stage.create(&reporter)?;
-        Ok((stage, connection))
-    });
+    let born =
+        begin_session(slave).and_then(|()| prepare(plan, dir, joined, &reporter)).and_then(|mut stage| {
+            let connection = stage.create(&reporter)?;
+            Ok((stage, connection))
+        });
     let (mut stage, connection) = match born {
         Ok(born) => born,
         Err(error) => {
@@ -268,7 +269,8 @@ fn live(plan: Plan, dir: &Path, joined: Joined, channel: OwnedFd) -> i32 {
         return 1;
     }
     drop(reporter);
-    let post = Post { container: &stage.id, vm: Some(&mut stage.vm), is_job: false };
+    let (container, terminal) = (&stage.id, stage.terminal);
+    let post = Post { container, vm: Some(&mut stage.vm), terminal, is_job: false };
     match relay::run(connection, &stage.signals, post) {
         Ok(status) => {
             stage.leave_word(&End::Regular);
@@ -287,11 +289,17 @@ struct Stage {
     vm: Vm,
     signals: SignalFd,
     last_message: File,
+    /// See [`Post`].
+    terminal: Option<RawFd>,
     request: Request,
 }
 
-fn prepare(mut plan: Plan, dir: &Path, joined: Joined, reporter: &Reporter) -> Result<Stage> {
+fn begin_session(slave: Option<OwnedFd>) -> Result<()> {
     nix::unistd::setsid().context("session")?;
+    slave.map_or(Ok(()), terminal::take)
+}
+
+fn prepare(mut plan: Plan, dir: &Path, joined: Joined, reporter: &Reporter) -> Result<Stage> {
     set_oom_score(plan.guest.process.oom_score_adj)?;
     joined.enter()?;
     jail::make_slave()?;
@@ -324,8 +332,9 @@ fn prepare(mut plan: Plan, dir: &Path, joined: Joined, reporter: &Reporter) -> R
     jail::drop_privileges()?;
     jail::confine_relay(&["socket", "connect"])?;
     let id = plan.guest.id.clone();
+    let terminal = plan.guest.process.terminal.and_then(|_| terminal::own());
     let request = Request::Create(Box::new(plan.guest));
-    Ok(Stage { id, vm: Vm { vmm, console }, signals, last_message, request })
+    Ok(Stage { id, vm: Vm { vmm, console }, signals, last_message, terminal, request })
 }
 
 /// `prestart` and `createRuntime` hooks by the caller, then `createContainer` hooks: this process's root is the host's

@@ -13,6 +13,7 @@ use std::time::Duration;
 use a3s_box_proto::{Outcome, Request};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
+use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 
 use crate::cgroup::Cgroup;
@@ -20,7 +21,7 @@ use crate::guest::{self, Connection};
 use crate::jail;
 use crate::log::sentence;
 use crate::relay::{self, Post};
-use crate::vmm;
+use crate::{terminal, vmm};
 
 /// How long the guest may take to greet and to start the process, and a little more.
 const START: Duration = Duration::from_secs(2 * guest::ANSWER.as_secs() + 2);
@@ -37,6 +38,8 @@ pub struct Job<'a> {
     pub request: Request,
     /// Container id.
     pub container: &'a str,
+    /// The other end of a pty that takes the place of the caller's streams.
+    pub slave: Option<OwnedFd>,
 }
 
 /// Asks the guest to run a process. The connection returned owns it.
@@ -68,7 +71,9 @@ pub fn spawn(job: Job, cgroup: &Cgroup) -> Result<Proxy> {
     let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
     match Errno::result(pid).context("clone the proxy")? {
         0 => {
-            jail::keep_only(&[job.stream.as_raw_fd(), theirs.as_raw_fd()]);
+            let slave = job.slave.as_ref().map(AsRawFd::as_raw_fd);
+            let kept = [job.stream.as_raw_fd(), theirs.as_raw_fd()];
+            jail::keep_only(&kept.into_iter().chain(slave).collect::<Vec<_>>());
             let status = live(job, cgroup, &theirs);
             // SAFETY: _exit takes any status and does not return; no exit handler of the parent's may run here.
             unsafe { libc::_exit(status) }
@@ -121,8 +126,8 @@ impl Drop for Proxy {
 /// The proxy's life. Returns its exit status.
 fn live(job: Job, cgroup: &Cgroup, channel: &OwnedFd) -> i32 {
     let report = |text: &[u8]| send(channel.as_raw_fd(), text, MsgFlags::MSG_NOSIGNAL);
-    let container = job.container;
-    let begun = settle_in(cgroup)
+    let (container, terminal) = (job.container, job.slave.as_ref().map(|_| 0));
+    let begun = settle_in(cgroup, job.slave)
         .and_then(|signals| Ok((signals, begin(job.stream, &job.request)?)))
         .and_then(|begun| report(b"R").map(|_| begun).context("report"));
     let (signals, connection) = match begun {
@@ -136,12 +141,13 @@ fn live(job: Job, cgroup: &Cgroup, channel: &OwnedFd) -> i32 {
     if !matches!(recv(channel.as_raw_fd(), &mut [0u8; 1], MsgFlags::empty()), Ok(1)) {
         return KILLED;
     }
-    let post = Post { container, vm: None, is_job: false };
+    let post = Post { container, vm: None, terminal, is_job: false };
     relay::run(connection, &signals, post).map_or(KILLED, |status| status.code())
 }
 
-fn settle_in(cgroup: &Cgroup) -> Result<nix::sys::signalfd::SignalFd> {
+fn settle_in(cgroup: &Cgroup, slave: Option<OwnedFd>) -> Result<SignalFd> {
     nix::unistd::setsid().context("session")?;
+    slave.map_or(Ok(()), terminal::take)?;
     nix::unistd::chdir("/").context("leave the caller's directory")?;
     cgroup.join()?;
     let signals = relay::take_signals()?;

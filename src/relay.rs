@@ -4,19 +4,20 @@
 //! process's descriptors 0 to 2, its signals. Out: the exit status, after the last byte of output. Must not: trust a
 //! byte of the guest's, or end while output waits to be written.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, RawFd};
 
 use a3s_box_proto::credit::{WINDOW, cost};
-use a3s_box_proto::{ExitStatus, Frame, Reply, Request, Stream, Target, unpack};
+use a3s_box_proto::{ExitStatus, Frame, Reply, Request, Size, Stream, Target, unpack};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
 
 use crate::console::Console;
 use crate::guest::{Connection, clean};
 use crate::stdio::{Event, Pumps};
+use crate::terminal;
 use crate::vmm::{self, Vmm};
 
 /// The VM, for the one relay that holds it.
@@ -33,6 +34,8 @@ pub struct Post<'a> {
     pub container: &'a str,
     /// The VM, for the one relay that holds it.
     pub vm: Option<&'a mut Vm>,
+    /// The one of descriptors 0 to 2 that says what size the process's terminal has, if it has one.
+    pub terminal: Option<RawFd>,
     /// Whether this process is a shell's job, to be stopped by its terminal instead of the guest's process.
     pub is_job: bool,
 }
@@ -60,11 +63,16 @@ struct Relay<'a> {
     outstanding: [u32; 3],
     connected: bool,
     vm_ended: bool,
+    /// What the process's terminal was told last.
+    size: Option<Size>,
 }
 
 /// Relays until the guest process has ended and its output is written.
 pub fn run(connection: Connection, signals: &SignalFd, post: Post) -> Result<ExitStatus> {
-    let pumps = Pumps::start()?;
+    let mut pumps = Pumps::start()?;
+    if post.terminal.is_some() {
+        pumps.end(Stream::Stderr);
+    }
     let mut relay = Relay {
         connection,
         post,
@@ -74,7 +82,10 @@ pub fn run(connection: Connection, signals: &SignalFd, post: Post) -> Result<Exi
         outstanding: [0; 3],
         connected: true,
         vm_ended: false,
+        size: None,
     };
+    // It may have got another one since it was planned.
+    relay.resize();
     // What came along with the last reply.
     relay.take_frames()?;
     loop {
@@ -213,9 +224,22 @@ impl Relay<'_> {
         let _ = self.connection.send(request);
     }
 
+    /// Tells the process's terminal the size that the caller's has. False where that is no news, or there is none.
+    fn resize(&mut self) -> bool {
+        let Some(size) = self.post.terminal.and_then(terminal::size) else { return false };
+        let is_news = self.size != Some(size);
+        if is_news {
+            self.size = Some(size);
+            self.send(&Request::Resize(size));
+        }
+        is_news
+    }
+
     fn handle(&mut self, event: Event) {
         let frame = match event {
             Event::Input(bytes) => Frame::Data(Stream::Stdin, bytes),
+            // To a terminal it means that it is hung up, which the end of a file or a pipe is not.
+            Event::InputEnded if self.post.terminal.is_some_and(|fd| fd != 0) => return,
             Event::InputEnded => Frame::End(Stream::Stdin),
             Event::Consumed(stream, credit) => {
                 let outstanding = &mut self.outstanding[stream as usize];
@@ -238,10 +262,14 @@ impl Relay<'_> {
         let mut give_up = false;
         while let Ok(Some(info)) = signals.read_signal() {
             let signal = info.ssi_signo as i32;
-            match self.exit {
+            let exit = self.exit;
+            match exit {
                 Some(_) => give_up |= ENDING.contains(&signal),
                 // A reader left: its pump has noticed.
                 None if signal == libc::SIGPIPE && info.ssi_pid == std::process::id() => {}
+                // What the end of input tells the whole session in the guest.
+                None if self.post.terminal.is_some() && is_hangup(&info) => {}
+                None if signal == libc::SIGWINCH && self.resize() => {}
                 // The caller's terminal stops a foreground exec, not the process in the guest.
                 None if self.post.is_job
                     && [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal) =>
@@ -274,6 +302,11 @@ impl Relay<'_> {
             text: died(&death.how, &vm.console.last_words()),
         }))
     }
+}
+
+/// Whether the kernel sent this because this process's terminal is gone.
+fn is_hangup(info: &siginfo) -> bool {
+    info.ssi_code == libc::SI_KERNEL && [libc::SIGHUP, libc::SIGCONT].contains(&(info.ssi_signo as i32))
 }
 
 /// The sentence about a VM that ended before its time.

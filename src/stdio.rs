@@ -16,6 +16,11 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::terminal;
+
+/// Control-D.
+const END_OF_TRANSMISSION: u8 = 4;
+
 /// What a pump has to say.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Event {
@@ -136,6 +141,11 @@ fn pump_input(gate: &Gate, voice: &Voice) {
         let mut buffer = vec![0u8; window.allowance()];
         drop(window);
         match nix::unistd::read(io::stdin(), &mut buffer) {
+            // A terminal that is not raw yet has made this of the character.
+            Ok(0) if terminal::is_terminal(0) => {
+                gate.window.lock().unwrap_or_else(PoisonError::into_inner).sent(1);
+                voice.say(Event::Input(vec![END_OF_TRANSMISSION]));
+            }
             Ok(0) => break,
             Ok(n) => {
                 buffer.truncate(n);

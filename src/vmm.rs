@@ -97,10 +97,12 @@ pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path) -> Result<Vmm> {
     let prepare = || {
         // It dies with the process that holds it, whatever becomes of that one's pid namespace.
         nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+        // The monitor's terminal is none of its business.
+        nix::unistd::setsid()?;
         // Its mount namespace is its own before it does anything: the monitor's pivot must not take it along.
         Ok(unshare(CloneFlags::CLONE_NEWNS)?)
     };
-    // SAFETY: two system calls and nothing else happen between fork and exec.
+    // SAFETY: three system calls and nothing else happen between fork and exec.
     unsafe { command.pre_exec(prepare) };
     let child = command.spawn().context("start the VMM")?;
     drop(theirs);

@@ -1,8 +1,9 @@
 //! Black-box tests of an OCI runtime's command line.
 //!
 //! Knows nothing of the runtime's code: it makes bundles, runs commands, looks at what they print and what they leave.
-//! [`cases`] runs the tests, [`wishes`] and [`engines`] hold them; [`world`], [`container`] and [`config`] are what they are made of;
-//! [`process`] keeps a hanging command from hanging the suite; [`leaks`] counts what is left at the end.
+//! [`cases`] runs the tests, [`wishes`] and [`engines`] hold them; [`world`], [`container`] and [`config`] are what they
+//! are made of; [`process`] keeps a hanging command from hanging the suite, [`pty`] is a terminal to type on; [`leaks`]
+//! counts what is left at the end.
 
 #![forbid(unsafe_code)]
 
@@ -13,6 +14,7 @@ mod engines;
 mod leaks;
 mod options;
 mod process;
+mod pty;
 mod sha256;
 mod wishes;
 mod world;

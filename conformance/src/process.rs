@@ -312,7 +312,8 @@ impl Pipe {
     }
 }
 
-fn wait_for(fds: &mut [PollFd<'_>], limit: Duration) -> Result<()> {
+/// Waits for descriptors, at most so long.
+pub fn wait_for(fds: &mut [PollFd<'_>], limit: Duration) -> Result<()> {
     let limit = Timespec::try_from(limit).context("a time limit")?;
     match poll(fds, Some(&limit)) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),

@@ -5,6 +5,7 @@
 //! - [`serve`]: the loop that takes requests and moves bytes; one thread, nothing in it blocks.
 //! - [`connection`]: one host connection: frames in, frames out.
 //! - [`stdio`]: the guest's ends of one process's streams.
+//! - [`terminal`]: a pty instead of them.
 //! - [`container`]: one container: its processes, state and cgroup.
 //! - [`devices`]: special files of a container.
 //! - [`rootfs`]: mounts of a container, in its own mount namespace.
@@ -25,6 +26,7 @@ mod rootfs;
 mod seccomp;
 mod serve;
 mod stdio;
+mod terminal;
 
 fn main() {
     #[cfg(not(feature = "local"))]

@@ -1,13 +1,13 @@
 //! From clone to execve: the steps of a process that becomes a workload.
 //!
-//! Pid 1 has one thread, so what it clones may run any code. The child tells its story on a status pipe: `R` once
-//! everything that can fail has been tried, `E` and a text when something did; the pipe closes at execve.
+//! Pid 1 has one thread, so what it clones may run any code. The child tells its story on a status socket: `T` with the
+//! ends of its terminal, `R` once everything that can fail has been tried, `E` and a text when something did; the pipe closes at execve.
 //! In: an OCI process, the container's namespaces. Out: the workload. Must not: return.
 
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
@@ -18,11 +18,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 use nix::sys::signal::SigSet;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::{Gid, Pid, Uid};
 use serde_json::Value;
 
 use crate::seccomp;
 use crate::stdio::Ends;
+use crate::terminal::Terminal;
 
 const STATUS: RawFd = 3;
 const GATE: RawFd = 4;
@@ -58,6 +60,15 @@ pub struct Pipes {
 pub struct Story(File);
 
 impl Story {
+    /// Gives pid 1 the ends of a terminal.
+    fn hand_over(&self, terminal: &Terminal) -> Result<()> {
+        let fds = [terminal.master.as_raw_fd(), terminal.slave.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let sent =
+            sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(b"T")], &rights, MsgFlags::MSG_NOSIGNAL, None);
+        sent.map(drop).context("hand the terminal to pid 1")
+    }
+
     /// Reports a failure and ends.
     pub fn fail(mut self, error: &anyhow::Error) -> ! {
         let _ = self.0.write_all(format!("E{error:#}").as_bytes());
@@ -97,6 +108,7 @@ pub fn arrange(ends: Ends, pipes: Pipes) -> Story {
 /// before execve, and then runs these hooks with this state.
 pub fn become_workload(
     process: &Process,
+    terminal: Option<Terminal>,
     filter: Option<&Seccomp>,
     mut story: Story,
     start: Option<(&[Hook], &Value)>,
@@ -104,7 +116,9 @@ pub fn become_workload(
     // Under no_new_privs anybody may load a filter: as the last step, so that it sees the workload alone. Without, it
     // takes a privilege that goes with the capabilities, and the steps from there on need the filter's leave.
     let (early, late) = if process.no_new_privileges { (None, filter) } else { (filter, None) };
-    let error = match prepare(process, early).and_then(|command| wait_gate(command, &mut story, start)) {
+    let error = match prepare(process, terminal, early, &story)
+        .and_then(|command| wait_gate(command, &mut story, start))
+    {
         Ok(command) => match late.map_or(Ok(()), seccomp::load).and_then(|()| command.run()) {
             Ok(never) => match never {},
             Err(error) => error,
@@ -163,9 +177,18 @@ pub fn words(errno: Errno) -> String {
     }
 }
 
-fn prepare(process: &Process, filter: Option<&Seccomp>) -> Result<Command> {
+fn prepare(
+    process: &Process,
+    terminal: Option<Terminal>,
+    filter: Option<&Seccomp>,
+    story: &Story,
+) -> Result<Command> {
     // Fails only for a process that leads a session already.
     let _ = nix::unistd::setsid();
+    if let Some(terminal) = terminal {
+        story.hand_over(&terminal)?;
+        terminal.take()?;
+    }
     own_streams(process.uid);
     set_limits(process)?;
     if let Some(score) = process.oom_score_adj {

@@ -1,10 +1,12 @@
 //! Exits: collected as they come, told only after the last byte of output.
 
-use std::os::fd::OwnedFd;
+use std::io::IoSliceMut;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use a3s_box_proto::{ExitStatus, Frame, Outcome};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 
 use crate::container::Born;
@@ -40,7 +42,7 @@ pub struct Child {
     told: bool,
 }
 
-/// What a child's status pipe brought.
+/// What a child's status socket brought.
 pub enum Progress {
     /// Nothing to act on yet.
     None,
@@ -70,16 +72,20 @@ impl Child {
         (born.pid, child)
     }
 
-    /// Reads on in its story. At the end of the pipe the story is over.
+    /// Reads on in its story. At the end of the socket the story is over.
     pub fn read_status(&mut self) -> Progress {
-        let Some(pipe) = &self.status else { return Progress::None };
+        let Some(status) = &self.status else { return Progress::None };
         let mut buffer = [0u8; 4096];
-        match nix::unistd::read(pipe, &mut buffer) {
-            Ok(0) => {
+        match hear(status, &mut buffer) {
+            Ok((0, _)) => {
                 self.status = None;
                 self.conclude()
             }
-            Ok(n) => {
+            Ok((_, Some([master, slave]))) => {
+                self.stdio = Stdio::terminal(master, slave);
+                Progress::None
+            }
+            Ok((n, None)) => {
                 self.story.extend_from_slice(&buffer[..n]);
                 if self.story == b"R" {
                     return Progress::Ready;
@@ -125,6 +131,22 @@ impl Child {
     pub fn is_over(&self) -> bool {
         self.exit.is_some() && self.status.is_none() && (self.told || self.owner.is_none())
     }
+}
+
+/// One message of a status socket, and the descriptors that came along.
+fn hear(status: &OwnedFd, buffer: &mut [u8]) -> Result<(usize, Option<[OwnedFd; 2]>), Errno> {
+    let mut space = nix::cmsg_space!([RawFd; 2]);
+    let mut slices = [IoSliceMut::new(buffer)];
+    let message =
+        recvmsg::<()>(status.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let mut fds = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = control {
+            // SAFETY: the kernel just installed these descriptors for us.
+            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    Ok((message.bytes, fds.try_into().ok()))
 }
 
 /// Every process that has ended since the last call.

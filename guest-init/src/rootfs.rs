@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -17,11 +17,12 @@ use a3s_box_proto::{Attributes, Container, Mount, Source};
 use anyhow::{Context, Result, anyhow};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::sys::statfs::FUSE_SUPER_MAGIC;
 
-const VIRTIOFS_MAGIC: i64 = 0x6573_5546;
+use crate::terminal::{self, Terminal};
 
 /// Makes the container's tree and enters it. The caller is alone in a new mount namespace.
-pub fn enter(container: &Container) -> Result<()> {
+pub fn enter(container: &Container) -> Result<Option<Terminal>> {
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>).context("make mounts private")?;
     let rootfs = Path::new("/").join(&container.rootfs);
@@ -46,9 +47,14 @@ pub fn enter(container: &Container) -> Result<()> {
     std::env::set_current_dir("/").context("enter the new root")?;
     // As runc: a missing working directory is made, where the file system lets it.
     let _ = fs::create_dir_all(Path::new("/").join(&container.process.cwd));
+    let terminal = terminal::of(&container.process)?;
+    if let Some(terminal) = terminal.as_ref().filter(|_| has_own_dev()) {
+        terminal.bind_console(&Root::current_dir()?)?;
+    }
     let root = open_path(Path::new("/")).context("open the root")?;
     propagate(&root, container.propagation)?;
-    set_attributes(root, container.attributes.own, false).context("the root's attributes")
+    set_attributes(root, container.attributes.own, false).context("the root's attributes")?;
+    Ok(terminal)
 }
 
 fn add(root: &Root, planned: &Mount) -> Result<()> {
@@ -148,8 +154,7 @@ fn guest_file_system(kind: &str, name: &str, options: &[String]) -> Result<Owned
 /// The devices and links that config-linux.md promises, where /dev is a file system of the guest's own.
 fn fill_dev(root: &Root) -> Result<()> {
     let Ok(dev) = root.open(Path::new("dev")) else { return Ok(()) };
-    let on = nix::sys::statfs::fstatfs(&dev).context("look at /dev")?;
-    if on.filesystem_type().0 as i64 == VIRTIOFS_MAGIC {
+    if !is_guests(&dev) {
         return Ok(());
     }
     let dir = PathBuf::from(format!("/proc/self/fd/{}", dev.as_raw_fd()));
@@ -178,6 +183,15 @@ fn fill_dev(root: &Root) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a directory lies in a file system of the guest's own, where devices and mount points can be made.
+fn is_guests(dir: &impl AsFd) -> bool {
+    nix::sys::statfs::fstatfs(dir).is_ok_and(|on| on.filesystem_type() != FUSE_SUPER_MAGIC)
+}
+
+fn has_own_dev() -> bool {
+    open_path(Path::new("/dev")).is_ok_and(|dev| is_guests(&dev))
 }
 
 /// Masked paths vanish below an empty thing of their kind; read-only paths become so.

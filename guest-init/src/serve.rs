@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use a3s_box_proto::{
-    self as proto, Frame, Greeting, Outcome, Process, Reply, Request, Stream, Target, unpack,
+    self as proto, Frame, Greeting, Outcome, Process, Reply, Request, Size, Stream, Target, unpack,
 };
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -227,6 +227,7 @@ impl Server {
             Request::Signal { container, signal, target } => {
                 Some(self.signal(id, &container, signal, target))
             }
+            Request::Resize(size) => Some(self.resize(id, size)),
             Request::Processes { container } => Some(match self.containers.get(&container) {
                 Some(container) => Outcome::Processes(container.processes()),
                 None => Outcome::NotFound,
@@ -328,6 +329,14 @@ impl Server {
             return reap::signal_outcome(container::send(pid, libc::SIGKILL));
         }
         reap::signal_outcome(container::send(pid, signal))
+    }
+
+    fn resize(&mut self, id: u64, size: Size) -> Outcome {
+        let owned = self.connections.get(&id).and_then(|c| c.owns);
+        match owned.and_then(|pid| self.children.get(&pid)) {
+            Some(child) => child.stdio.resize(size),
+            None => Outcome::NotFound,
+        }
     }
 
     fn progress(&mut self, pid: Pid) {

@@ -1,17 +1,20 @@
-//! The guest's ends of one process's streams: pipes here, data frames there.
+//! The guest's ends of one process's streams: pipes or a terminal here, data frames there.
 //!
 //! In: frames of the owner, readiness of the pipes. Out: frames for the owner. Must not: read more from a pipe than
 //! the window lets it send, or lose what a process wrote before it ended.
 
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use a3s_box_proto::credit::{WINDOW, Window, cost};
-use a3s_box_proto::{Frame, Stream};
+use a3s_box_proto::{Frame, Outcome, Process, Size, Stream};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::PollFlags;
 use nix::unistd::{pipe2, read, write};
+
+use crate::terminal::{self, Terminal};
 
 /// The process's ends, to become its descriptors 0, 1 and 2.
 pub type Ends = [OwnedFd; 3];
@@ -21,6 +24,7 @@ pub struct Stdio {
     stdin: Option<Sink>,
     stdout: Option<Source>,
     stderr: Option<Source>,
+    terminal: Option<Terminal>,
 }
 
 struct Sink {
@@ -36,8 +40,19 @@ struct Source {
     window: Window,
 }
 
+/// Streams for a process. One with a terminal starts without any: it sends its terminal once it has opened it.
+pub fn of(process: &Process) -> Result<(Stdio, Ends)> {
+    if process.terminal.is_none() {
+        return pipes();
+    }
+    let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
+    let ends = [null(), null(), null()].map(|end| end.context("open /dev/null"));
+    let [a, b, c] = ends;
+    Ok((Stdio { stdin: None, stdout: None, stderr: None, terminal: None }, [a?, b?, c?]))
+}
+
 /// Makes three pipes.
-pub fn pipes() -> Result<(Stdio, Ends)> {
+fn pipes() -> Result<(Stdio, Ends)> {
     let (stdin_child, stdin) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
     let (stdout, stdout_child) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
     let (stderr, stderr_child) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
@@ -49,18 +64,49 @@ pub fn pipes() -> Result<(Stdio, Ends)> {
         stdin: Some(Sink { fd: stdin, pending: Vec::new(), owed: 0, ended: false }),
         stdout: source(stdout),
         stderr: source(stderr),
+        terminal: None,
     };
     Ok((stdio, [stdin_child, stdout_child, stderr_child]))
 }
 
 impl Stdio {
+    /// A terminal's. Its other end is held as well: a process that closes its own for a while is not gone.
+    pub fn terminal(master: OwnedFd, slave: OwnedFd) -> Self {
+        let copy = || master.try_clone().ok();
+        Stdio {
+            stdin: copy().map(|fd| Sink { fd, pending: Vec::new(), owed: 0, ended: false }),
+            stdout: copy().map(|fd| Source { fd, window: Window::default() }),
+            stderr: None,
+            terminal: Some(Terminal { master, slave }),
+        }
+    }
+
+    /// Sets the terminal's size.
+    pub fn resize(&self, size: Size) -> Outcome {
+        let Some(terminal) = &self.terminal else { return Outcome::NotFound };
+        match terminal::resize(terminal.master.as_fd(), size) {
+            Ok(()) => Outcome::Done,
+            Err(error) => Outcome::Failed { text: error.to_string() },
+        }
+    }
+
+    /// Closes a terminal's every end that is ours, so that its processes get SIGHUP.
+    fn hang_up(&mut self, out: &mut Vec<Frame>) {
+        if self.stdout.is_some() {
+            out.push(Frame::End(Stream::Stdout));
+        }
+        (self.stdin, self.stdout, self.terminal) = (None, None, None);
+    }
+
     fn source(&mut self, stream: Stream) -> &mut Option<Source> {
         if stream == Stream::Stdout { &mut self.stdout } else { &mut self.stderr }
     }
 
     /// What to poll for.
     pub fn interests(&self) -> impl Iterator<Item = (Stream, BorrowedFd<'_>, PollFlags)> {
-        let stdin = self.stdin.as_ref().map(|sink| {
+        // A terminal's end has nothing to tell that its output does not.
+        let worth = |sink: &&Sink| self.terminal.is_none() || !sink.pending.is_empty();
+        let stdin = self.stdin.as_ref().filter(worth).map(|sink| {
             // Even with nothing to write, POLLERR tells that the process closed its end.
             let flags = if sink.pending.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
             (Stream::Stdin, sink.fd.as_fd(), flags)
@@ -83,6 +129,9 @@ impl Stdio {
                     sink.ended = true;
                 }
                 self.pump_stdin(out);
+                if self.terminal.is_some() {
+                    self.hang_up(out);
+                }
             }
             Frame::Credit(stream, credit) => {
                 if let Some(source) = self.source(stream) {
@@ -90,6 +139,7 @@ impl Stdio {
                 }
             }
             // Nobody reads any more: closing our end lets the process meet SIGPIPE, as on a plain pipe.
+            Frame::End(_) if self.terminal.is_some() => self.hang_up(out),
             Frame::End(stream) => *self.source(stream) = None,
             Frame::Data(..) | Frame::Message(_) => {}
         }
@@ -121,7 +171,8 @@ impl Stdio {
     fn pump_stdin(&mut self, out: &mut Vec<Frame>) {
         let Some(sink) = &mut self.stdin else { return };
         let mut done = 0;
-        let mut broken = sink.pending.is_empty() && !sink.ended && peer_closed(&sink.fd);
+        let mut broken =
+            self.terminal.is_none() && sink.pending.is_empty() && !sink.ended && peer_closed(&sink.fd);
         while done < sink.pending.len() && !broken {
             match write(&sink.fd, &sink.pending[done..]) {
                 Ok(n) => done += n,
@@ -179,6 +230,7 @@ impl Stdio {
     pub fn finish(&mut self, out: &mut Vec<Frame>) -> Option<Vec<OwnedFd>> {
         self.stdin = None;
         for stream in [Stream::Stdout, Stream::Stderr] {
+            // The kernel hands a pty's last bytes on before it says that there are no more.
             while let Some(source) = self.source(stream) {
                 if source.window.allowance() == 0 {
                     return None;
@@ -187,6 +239,10 @@ impl Stdio {
                     break;
                 }
             }
+        }
+        // Whoever else still has this terminal loses it, as with the end of any session's first process.
+        if self.terminal.is_some() {
+            self.hang_up(out);
         }
         let mut left = Vec::new();
         for stream in [Stream::Stdout, Stream::Stderr] {
@@ -201,6 +257,9 @@ impl Stdio {
     /// The owner is gone: what the process still writes goes nowhere.
     pub fn abandon(&mut self) -> Vec<OwnedFd> {
         self.stdin = None;
+        if self.terminal.take().is_some() {
+            self.stdout = None;
+        }
         [self.stdout.take(), self.stderr.take()].into_iter().flatten().map(|source| source.fd).collect()
     }
 }

@@ -16,10 +16,11 @@ use crate::monitor::{self, Handle, Report};
 use crate::plan::{self, Hooks, Plan, cgroup::Place};
 use crate::relay;
 use crate::store::{Entry, ProcessId, Record};
+use crate::terminal::Pty;
 
 /// The verb.
 pub fn create(context: &Context, args: &cli::Create) -> Result<i32> {
-    birth(context, args, None)?.keep();
+    birth(context, args, None, true)?.keep();
     Ok(0)
 }
 
@@ -29,6 +30,7 @@ pub struct Born<'a> {
     record: Record,
     handle: Option<Handle>,
     pid_file: Option<&'a Path>,
+    has_terminal: bool,
     /// `None` once it is kept.
     entry: Option<Entry>,
 }
@@ -37,6 +39,11 @@ impl Born<'_> {
     /// Lets the container live on.
     pub fn keep(mut self) {
         self.entry = None;
+    }
+
+    /// Whether its process has a terminal.
+    pub fn has_terminal(&self) -> bool {
+        self.has_terminal
     }
 
     /// Runs `release` on the container, which lives on if that succeeds.
@@ -68,11 +75,13 @@ impl Drop for Born<'_> {
     }
 }
 
-/// Creates a container. With `signals`, one that would end the caller ends the attempt.
+/// Creates a container. With `signals`, one that would end the caller ends the attempt. `detached`, nobody stays to
+/// use its own terminal.
 pub fn birth<'a>(
     context: &'a Context,
     args: &'a cli::Create,
     signals: Option<&SignalFd>,
+    detached: bool,
 ) -> Result<Born<'a>> {
     refuse_flags(args)?;
     context.store.path(&args.id)?;
@@ -83,18 +92,21 @@ pub fn birth<'a>(
     let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
     let place = plan::cgroup::place(&args.id, path, context.cgroup_manager)?;
     plan.vm.debug = context.log.is_debug();
+    let pty = super::terminal(&mut plan.guest.process, detached, &args.engine)?;
     crate::vmm::usable()?;
     context.log.debug(&format!("planned: {} vCPUs, {} MiB", plan.vm.vcpus, plan.vm.memory_mib));
     let entry = context.store.create(&args.id)?;
     let record = record(&args.id, &bundle, plan.hooks.clone());
-    let mut born = Born { context, record, handle: None, pid_file: None, entry: Some(entry) };
+    let has_terminal = plan.guest.process.terminal.is_some();
+    let mut born = Born { context, record, handle: None, pid_file: None, has_terminal, entry: Some(entry) };
     if let Some(place) = &place {
         born.record.cgroup = Cgroup::plan(place)?;
     }
     born.save()?;
-    raise(context, &mut born, plan, place.as_ref(), signals)?;
+    raise(context, &mut born, plan, place.as_ref(), signals, pty.as_ref())?;
     born.record.ready = true;
     born.save()?;
+    pty.map_or(Ok(()), Pty::send)?;
     let handle = born.handle.as_ref().context("the monitor")?;
     super::introduce(&args.engine, handle.pid, handle.pidfd())?;
     born.pid_file = args.engine.pid_file.as_deref();
@@ -104,9 +116,6 @@ pub fn birth<'a>(
 }
 
 fn refuse_flags(args: &cli::Create) -> Result<()> {
-    if args.engine.console_socket.is_some() {
-        bail!("--console-socket: process.terminal is not supported");
-    }
     super::refuse_descriptors(&args.engine)
 }
 
@@ -135,10 +144,12 @@ fn raise(
     plan: Plan,
     place: Option<&Place>,
     signals: Option<&SignalFd>,
+    pty: Option<&Pty>,
 ) -> Result<()> {
     let entry = born.entry.as_ref().context("the container's directory")?;
     entry.make_vm_dir()?;
-    let handle = monitor::spawn(plan, entry.dir())?;
+    let slave = pty.map(|pty| pty.slave.try_clone()).transpose().context("terminal")?;
+    let handle = monitor::spawn(plan, entry.dir(), slave)?;
     context.log.debug("monitor cloned");
     born.record.monitor = ProcessId::of(handle.pid);
     let handle = born.handle.insert(handle);

@@ -15,6 +15,7 @@ use crate::log::sentence;
 use crate::proxy::{self, Job};
 use crate::relay::Post;
 use crate::store::{Record, Status};
+use crate::terminal::{self, Pty, Raw};
 use crate::{cli, jail, plan, relay, support, vmm};
 
 /// The verb.
@@ -30,21 +31,21 @@ pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
         Status::Creating => bail!("cannot exec in a container that is still being created"),
     }
     super::refuse_descriptors(&args.engine)?;
-    if args.tty || args.engine.console_socket.is_some() {
-        bail!("--{}: not supported", if args.tty { "tty" } else { "console-socket" });
-    }
-    let process = Box::new(process(context, args, &record)?);
+    let mut process = Box::new(process(context, args, &record)?);
+    let pty = super::terminal(&mut process, args.detach, &args.engine)?;
     let cgroup = cgroup(args.cgroup.as_deref())?;
     let request = Request::Exec { container: record.id.clone(), process, cgroup };
     let stream = start::dial(&context.store.path(&args.id)?, &record)?;
-    let job = Job { stream, request, container: &record.id };
-    if args.detach { detach(context, job, args, &record) } else { stay(context, job, args) }
+    let slave = pty.as_ref().map(|pty| pty.slave.try_clone()).transpose().context("terminal")?;
+    let job = Job { stream, request, container: &record.id, slave };
+    if args.detach { detach(context, job, args, &record, pty) } else { stay(context, job, args) }
 }
 
 /// Leaves a proxy that stands for the process.
-fn detach(context: &Context, job: Job, args: &cli::Exec, record: &Record) -> Result<i32> {
+fn detach(context: &Context, job: Job, args: &cli::Exec, record: &Record, pty: Option<Pty>) -> Result<i32> {
     let proxy = proxy::spawn(job, &record.cgroup)?;
     context.log.debug("process started");
+    pty.map_or(Ok(()), Pty::send)?;
     super::introduce(&args.engine, proxy.pid, proxy.pidfd())?;
     proxy.release();
     Ok(0)
@@ -52,6 +53,7 @@ fn detach(context: &Context, job: Job, args: &cli::Exec, record: &Record) -> Res
 
 /// Stands for the process itself.
 fn stay(context: &Context, job: Job, args: &cli::Exec) -> Result<i32> {
+    let has_terminal = matches!(&job.request, Request::Exec { process, .. } if process.terminal.is_some());
     let herald = Herald::send_for(&args.engine)?;
     let signals = relay::take_signals()?;
     jail::drop_privileges()?;
@@ -59,7 +61,9 @@ fn stay(context: &Context, job: Job, args: &cli::Exec) -> Result<i32> {
     let connection = proxy::begin(job.stream, &job.request)?;
     herald.map_or(Ok(()), Herald::announce)?;
     context.log.debug("process started");
-    let post = Post { container: job.container, vm: None, is_job: true };
+    let terminal = if has_terminal { terminal::own() } else { None };
+    let _raw = terminal.map(|_| Raw::own()).transpose()?;
+    let post = Post { container: job.container, vm: None, terminal, is_job: true };
     relay::run(connection, &signals, post).map(|status| status.code())
 }
 
@@ -119,9 +123,6 @@ fn process(context: &Context, args: &cli::Exec, record: &Record) -> Result<proto
         Some(path) => from_file(context, path)?,
         None => from_config(context, args, record)?,
     };
-    if process.terminal() == Some(true) {
-        bail!("process.terminal true: not supported");
-    }
     plan::process::plan(&process)
 }
 
@@ -141,7 +142,7 @@ fn from_config(context: &Context, args: &cli::Exec, record: &Record) -> Result<P
     let text = std::fs::read(&path).with_context(|| format!("open {}", path.display()))?;
     let spec: Spec = serde_json::from_slice(&text).with_context(|| format!("read {}", path.display()))?;
     let mut process = spec.process().clone().context("config.json has no process")?;
-    process.set_terminal(None);
+    process.set_terminal(Some(args.tty));
     process.set_args(Some(args.command.clone()));
     if let Some(cwd) = &args.cwd {
         process.set_cwd(cwd.clone());

@@ -18,11 +18,13 @@ use std::io::Write;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
+use a3s_box_proto::Process;
 use anyhow::{Context as _, Result, bail};
 
 use crate::cli::{self, CgroupManager, Cli, Command, Global};
 use crate::log::{Log, sentence};
 use crate::store::Store;
+use crate::terminal::{self, Pty};
 
 /// What every verb may need.
 pub struct Context {
@@ -108,10 +110,21 @@ fn refuse_descriptors(engine: &cli::Engine) -> Result<()> {
     Ok(())
 }
 
+/// Readies a process's terminal: a pty for the caller's socket, or the caller's own terminal where somebody stays.
+fn terminal(process: &mut Process, detached: bool, engine: &cli::Engine) -> Result<Option<Pty>> {
+    let socket = engine.console_socket.as_deref();
+    terminal::check(process.terminal.is_some(), detached, socket)?;
+    let Some(size) = &mut process.terminal else { return Ok(None) };
+    if let Some(own) = terminal::own().and_then(terminal::size).filter(|_| socket.is_none()) {
+        *size = own;
+    }
+    socket.map(|socket| Pty::open(*size, socket)).transpose()
+}
+
 /// Tells the caller which process stands for what it asked for: its pid in a file, a pidfd of it to a socket.
 fn introduce(engine: &cli::Engine, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
     if let Some(path) = &engine.pidfd_socket {
-        crate::terminal::send(&crate::terminal::dial(path, "--pidfd-socket")?, pidfd, "pidfd")?;
+        terminal::send(&terminal::dial(path, "--pidfd-socket")?, pidfd, "pidfd")?;
     }
     match &engine.pid_file {
         Some(path) => crate::store::replace(path, pid.to_string().as_bytes(), 0o644),

@@ -11,12 +11,14 @@ use crate::cli;
 use crate::log::sentence;
 use crate::monitor::{self, End, Handle};
 use crate::relay;
+use crate::terminal::Raw;
 use crate::vmm;
 
 /// The verb.
 pub fn run(context: &Context, args: &cli::Run) -> Result<i32> {
     let signals = relay::take_signals()?;
-    let born = create::birth(context, &args.create, Some(&signals))?;
+    let born = create::birth(context, &args.create, Some(&signals), args.detach)?;
+    let raw = if born.has_terminal() && !args.detach { Some(Raw::own()?) } else { None };
     let (mut record, handle) = born.start(start::release)?;
     if let Err(error) = start::poststart(&record) {
         // Nobody else knows of it.
@@ -31,6 +33,7 @@ pub fn run(context: &Context, args: &cli::Run) -> Result<i32> {
         return Ok(0);
     }
     let status = wait(&handle, &signals)?;
+    drop(raw);
     context.log.debug("ended");
     // Somebody else may have deleted it meanwhile.
     let Ok(entry) = context.store.open(&record.id) else { return Ok(status) };

@@ -26,14 +26,14 @@ pub fn spec(args: &cli::Spec) -> Result<i32> {
     Ok(0)
 }
 
-/// runc's example, whose every field is honoured; without a terminal, which is not supported.
+/// runc's example, whose every field is honoured.
 fn example() -> Value {
     let namespaces = ["pid", "network", "ipc", "uts", "mount", "cgroup"].map(|kind| json!({ "type": kind }));
     let capabilities = json!(["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]);
     json!({
         "ociVersion": super::features::SPEC_VERSION,
         "process": {
-            "terminal": false,
+            "terminal": true,
             "user": { "uid": 0, "gid": 0 },
             "args": ["sh"],
             "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=xterm"],

@@ -31,6 +31,7 @@ pub fn plan(process: &Process) -> Result<proto::Process> {
         oom_score_adj: oom_score_adj(process)?,
         scheduler: scheduler(process)?,
         io_priority: io_priority(process)?,
+        terminal: if process.terminal() == Some(true) { Some(size(process)?) } else { None },
     })
 }
 
@@ -107,6 +108,15 @@ fn io_priority(process: &Process) -> Result<Option<u32>> {
         level @ 0..=7 => Ok(Some(class << CLASS_SHIFT | level as u32)),
         level => bail!("process.ioPriority.priority: {level} is not a number from 0 to 7"),
     }
+}
+
+fn size(process: &Process) -> Result<proto::Size> {
+    let Some(given) = process.console_size() else { return Ok(proto::Size::default()) };
+    let fit = |name, value| {
+        u16::try_from(value)
+            .map_err(|_| anyhow!("process.consoleSize.{name}: {value} is more than a terminal has"))
+    };
+    Ok(proto::Size { rows: fit("height", given.height())?, columns: fit("width", given.width())? })
 }
 
 fn rlimits(process: &Process) -> Result<Vec<proto::Rlimit>> {

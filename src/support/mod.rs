@@ -146,7 +146,6 @@ mod tests {
         for (config, words) in [
             (json!({"linux": {"netDevices": {"a": {"name": "b"}}}}), "linux.netDevices {\"a\":"),
             (json!({"linux": {"rootfsPropagation": "rshared"}}), "rootfsPropagation"),
-            (json!({"process": {"terminal": true}}), "process.terminal true"),
             (
                 json!({"linux": {"seccomp": {"syscalls": [{"names": ["a"]}, {"action": "SCMP_ACT_NOTIFY"}]}}}),
                 "linux.seccomp.syscalls[1].action \"SCMP_ACT_NOTIFY\": the filter runs in the guest's kernel",

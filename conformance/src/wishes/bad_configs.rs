@@ -74,7 +74,6 @@ pub const CONFIGS: &[Bad] = &[
         |c| c.set("/linux/resources/memory/limit", json!(-5)),
         &["memory.limit", "-5"],
     ),
-    bad("bad-input/a-terminal", |c| c.set("/process/terminal", json!(true)), &["process.terminal"]),
     bad(
         "bad-input/a-relative-hook",
         |c| c.set("/hooks/prestart", json!([{ "path": "true" }])),

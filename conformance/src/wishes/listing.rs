@@ -12,6 +12,7 @@ use crate::cases::{At, Case, Wish, sharing, wish};
 use crate::config::Config;
 use crate::container::Container;
 use crate::process;
+use crate::pty::Terminal;
 use crate::world::World;
 
 /// Wishes that share a container.
@@ -189,9 +190,12 @@ fn spec(world: &'static World) -> Result<()> {
     same(&fs::read_to_string(bundle.join("config.json"))?, &text)?;
     world.own_rootfs(&bundle)?;
     let id = world.name("run");
-    let run = world.command(&["run", "--bundle", &bundle.to_string_lossy(), &id]);
-    let output = process::run(run, b"echo $((6*7)); exit 5\n", world.patience())?.code(5)?.quiet()?;
-    same(&output.text(), &"42\n".into())?;
+    let args = ["run", "--bundle", &bundle.to_string_lossy(), &id];
+    let (mut terminal, run, _slave) = Terminal::spawn(world, &args, (24, 80))?;
+    terminal.expect("# ")?;
+    terminal.say("echo $((6*7)); exit 5\n")?;
+    terminal.expect("\r\n42\r\n")?;
+    run.finish()?.code(5)?;
     world.refused(&["spec", "-b", "/no/such/dir"], &["/no/such/dir", "no such file or directory"]).map(drop)
 }
 

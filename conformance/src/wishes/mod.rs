@@ -28,6 +28,7 @@ mod run;
 mod seccomp;
 mod streams;
 mod systemd;
+mod terminal;
 
 use crate::cases::{At, Case, sharing};
 
@@ -35,8 +36,15 @@ pub use run::same;
 
 /// Every test, in the order they run.
 pub fn all() -> Vec<Case> {
-    let shared =
-        [exec::SHARED, detach::SHARED, streams::SHARED, environment::SHARED, mounts::SHARED].concat();
+    let shared = [
+        exec::SHARED,
+        detach::SHARED,
+        terminal::SHARED,
+        streams::SHARED,
+        environment::SHARED,
+        mounts::SHARED,
+    ]
+    .concat();
     let mut cases = vec![sharing(At::Both, bench::Bench::set_up, &shared)];
     cases.extend(
         [
@@ -45,6 +53,7 @@ pub fn all() -> Vec<Case> {
             hooks::cases(),
             exec::cases(),
             detach::cases(),
+            terminal::cases(),
             streams::cases(),
             environment::cases(),
             mounts::cases(),

@@ -49,6 +49,8 @@ pub enum Request {
         /// To which of the container's processes.
         target: Target,
     },
+    /// Give the terminal of the process that the connection owns this size.
+    Resize(Size),
     /// The container's processes, as the guest numbers them.
     Processes {
         /// Container id.
@@ -200,6 +202,9 @@ pub struct Process {
     pub scheduler: Option<Scheduler>,
     /// Priority of its I/O, class included (ioprio_set(2)), if one was given.
     pub io_priority: Option<u32>,
+    /// The first size of its terminal, if it has one: then stdin and stdout are that, and there is no stderr. The end
+    /// of stdin hangs it up.
+    pub terminal: Option<Size>,
 }
 
 /// Scheduling policy and attributes (sched_setattr(2)).
@@ -220,6 +225,16 @@ pub struct Scheduler {
     pub deadline: u64,
     /// Nanoseconds of `SCHED_DEADLINE`.
     pub period: u64,
+}
+
+/// A terminal's size in characters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Size {
+    /// Height.
+    pub rows: u16,
+    /// Width.
+    pub columns: u16,
 }
 
 /// Most instructions that the kernel takes in one filter (BPF_MAXINSNS).
@@ -401,6 +416,7 @@ mod tests {
             rlimits: vec![Rlimit { resource: 7, soft: 1, hard: u64::MAX }],
             capabilities: Capabilities { bounding: u64::MAX, ..Capabilities::default() },
             scheduler: Some(Scheduler { policy: 6, period: u64::MAX, ..Scheduler::default() }),
+            terminal: Some(Size { rows: 24, columns: 80 }),
             ..Process::default()
         }
     }
@@ -476,6 +492,7 @@ mod tests {
         let id = || "c1".to_string();
         round_trip(Request::Create(Box::new(container())));
         round_trip(Request::Start { container: id() });
+        round_trip(Request::Resize(Size { rows: 1, columns: u16::MAX }));
         round_trip(Request::Exec { container: id(), process: Box::new(process()), cgroup: "a/b".into() });
         round_trip(Request::Signal { container: id(), signal: 15, target: Target::All });
         round_trip(Request::Processes { container: id() });

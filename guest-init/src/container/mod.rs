@@ -15,11 +15,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{Pid, pipe2};
 
 use crate::boot::set;
 use crate::process::{Pipes, Side, arrange, become_workload, fork, leave, words};
 use crate::stdio::{self, Stdio};
+use crate::terminal::{self, Terminal};
 use limits::Cgroup;
 
 /// Namespaces that every container has of its own.
@@ -70,16 +72,17 @@ pub struct Born {
 /// Clones the first process of a container into namespaces of its own; there it builds the rest.
 pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
     let cgroup = Cgroup::create(spec)?;
-    let (stdio, ends) = stdio::pipes()?;
-    let (status, child_status) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
+    let (stdio, ends) = stdio::of(&spec.process)?;
+    let (status, child_status) = status()?;
     let (child_gate, gate) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
     let pid = match fork(NAMESPACES)? {
         Side::Parent(pid) => pid,
         Side::Child => {
             let story = arrange(ends, Pipes { status: child_status, gate: Some(child_gate) });
             match build(spec, &cgroup) {
-                Ok(()) => become_workload(
+                Ok(terminal) => become_workload(
                     &spec.process,
+                    terminal,
                     spec.seccomp.as_ref(),
                     story,
                     Some((&spec.hooks, &spec.state)),
@@ -102,7 +105,12 @@ pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
     Ok((container, Born { pid, stdio, status }))
 }
 
-fn build(spec: &proto::Container, cgroup: &Cgroup) -> Result<()> {
+/// A socket rather than a pipe, for a terminal's ends travel on it. It ends at execve as a pipe would.
+fn status() -> Result<(OwnedFd, OwnedFd)> {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).context("socketpair")
+}
+
+fn build(spec: &proto::Container, cgroup: &Cgroup) -> Result<Option<Terminal>> {
     limits::join(&[cgroup.door()?])?;
     // After joining, so that the container's cgroup is the root that it sees.
     unshare(CloneFlags::CLONE_NEWCGROUP).context("cgroup namespace")?;
@@ -152,8 +160,8 @@ impl Container {
 
     /// Clones a further process into the container.
     pub fn exec(&self, process: &Process, cgroup: &Path) -> Result<Born> {
-        let (stdio, ends) = stdio::pipes()?;
-        let (status, child_status) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
+        let (stdio, ends) = stdio::of(process)?;
+        let (status, child_status) = status()?;
         let (pid_in, pid_out) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
         let Side::Parent(helper) = fork(0)? else {
             // Entering a pid namespace takes effect for children only: the helper clones a sibling of its own.
@@ -166,8 +174,10 @@ impl Container {
                 Ok((doors, (), Side::Child)) => {
                     let joined = limits::join(&doors).and_then(|()| set_personality(self.personality));
                     let story = arrange(ends, Pipes { status: child_status, gate: None });
-                    match joined {
-                        Ok(()) => become_workload(process, self.seccomp.as_ref(), story, None),
+                    match joined.and_then(|()| terminal::of(process)) {
+                        Ok(terminal) => {
+                            become_workload(process, terminal, self.seccomp.as_ref(), story, None)
+                        }
                         Err(error) => story.fail(&error),
                     }
                 }
