@@ -1,16 +1,18 @@
 //! Tests, each named after a wish, and the loop that runs them.
 //!
 //! Wishes that can share a container are a group with one fixture, since a container may cost seconds. In: a list of
-//! cases. Out: one line a wish, counts. Must not: let one failure, or one panic, keep the others from running.
+//! cases. Out: a report. Must not: let one failure, or one panic, keep the others from running.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use anyhow::{Error, Result, anyhow};
+use anyhow::{Result, anyhow};
 
 use crate::leaks::Census;
 use crate::options::{Level, Options};
 use crate::process::reap_orphans;
+use crate::report::Report;
+use crate::requirements;
 use crate::world::World;
 
 /// Levels at which a case runs.
@@ -38,17 +40,19 @@ impl At {
             Level::Smoke => self == At::All,
             Level::Systemd => self == At::Systemd,
             Level::Engines => self == At::Engines,
+            Level::Contract => matches!(self, At::Vm | At::Both | At::All),
         }
     }
 }
 
 /// Runs those wishes of a case whose name is wanted.
-type Run = Box<dyn Fn(&'static World, &dyn Fn(&str) -> bool, &mut Tap)>;
+type Run = Box<dyn Fn(&'static World, &dyn Fn(&str) -> bool, &mut Report)>;
 
 /// Something to run: one wish or a group of them.
 pub struct Case {
     at: At,
-    names: Vec<&'static str>,
+    /// Names of its wishes.
+    pub names: Vec<&'static str>,
     run: Run,
 }
 
@@ -76,9 +80,12 @@ pub fn group<F: 'static>(
     wishes: Vec<(&'static str, Check<F>)>,
 ) -> Case {
     let names = wishes.iter().map(|(name, _)| *name).collect();
-    let run = move |world: &'static World, wanted: &dyn Fn(&str) -> bool, tap: &mut Tap| {
+    let run = move |world: &'static World, wanted: &dyn Fn(&str) -> bool, report: &mut Report| {
         let mut fixture = None;
         for (name, check) in wishes.iter().filter(|(name, _)| wanted(name)) {
+            if report.leave_out(name) {
+                continue;
+            }
             let begin = Instant::now();
             let result = guarded(|| {
                 if fixture.is_none() {
@@ -89,7 +96,7 @@ pub fn group<F: 'static>(
             if result.is_err() {
                 fixture = None;
             }
-            tap.report(name, &result, begin);
+            report.report(name, &result, begin);
         }
     };
     Case { at, names, run: Box::new(run) }
@@ -103,60 +110,35 @@ fn guarded(check: impl FnOnce() -> Result<()>) -> Result<()> {
     })
 }
 
-/// Test lines and their counts.
-#[derive(Debug, Default)]
-pub struct Tap {
-    /// Wishes that came true.
-    pub passed: usize,
-    /// Those that did not.
-    pub failed: usize,
-}
-
-impl Tap {
-    /// One line for one wish.
-    pub fn report(&mut self, name: &str, result: &Result<()>, begin: Instant) {
-        let seconds = begin.elapsed().as_secs_f64();
-        let number = self.passed + self.failed + 1;
-        match result {
-            Ok(()) => {
-                self.passed += 1;
-                println!("ok {number} {name} ({seconds:.1} s)");
-            }
-            Err(error) => {
-                self.failed += 1;
-                println!("not ok {number} {name} ({seconds:.1} s) # {}", one_line(error));
-            }
-        }
-    }
-}
-
-fn one_line(error: &Error) -> String {
-    format!("{error:#}").replace('\n', "\\n")
-}
-
 /// Names of the cases at a level.
 pub fn names(cases: &[Case], level: Level) -> Vec<&'static str> {
-    cases.iter().filter(|case| case.at.holds(level)).flat_map(|case| case.names.iter().copied()).collect()
+    let all = cases.iter().filter(|case| case.at.holds(level)).flat_map(|case| case.names.iter().copied());
+    all.filter(|name| belongs(name, level)).collect()
+}
+
+fn belongs(name: &str, level: Level) -> bool {
+    level != Level::Contract || requirements::holds(name)
 }
 
 /// Runs what was asked for, and at last the leak check.
-pub fn run(cases: &[Case], options: &Options, world: &'static World) -> Tap {
+pub fn run(cases: &[Case], options: &Options, world: &'static World, report: &mut Report) {
+    let level = world.level;
     let wanted = |name: &str| {
-        options.filters.is_empty() || options.filters.iter().any(|word| name.contains(word.as_str()))
+        let asked_for = |word: &String| name.contains(word.as_str());
+        belongs(name, level) && (options.filters.is_empty() || options.filters.iter().any(asked_for))
     };
-    let mut tap = Tap::default();
     // What is made once for all containers is no leak. Should even this fail, the tests will tell.
     let _ = world.run_config(&crate::config::Config::new(&["true"]));
     let before = Census::take(world);
     let mut left = Vec::new();
-    for case in cases.iter().filter(|case| case.at.holds(options.level)) {
+    for case in cases.iter().filter(|case| case.at.holds(level)) {
         if !case.names.iter().any(|name| wanted(name)) {
             continue;
         }
-        let failed = tap.failed;
-        (case.run)(world, &wanted, &mut tap);
+        let failed = report.counts().1;
+        (case.run)(world, &wanted, report);
         reap_orphans();
-        if tap.failed > failed {
+        if report.counts().1 > failed {
             // What was killed because it hung could not clean up; that failure is told already.
             before.delete_all(world);
         }
@@ -171,6 +153,5 @@ pub fn run(cases: &[Case], options: &Options, world: &'static World) -> Tap {
         0 => Ok(()),
         count => Err(anyhow!("{count} things are left behind: {}", shown.join("; "))),
     };
-    tap.report("leaks/nothing-is-left-behind", &result, begin);
-    tap
+    report.report("leaks/nothing-is-left-behind", &result, begin);
 }

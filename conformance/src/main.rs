@@ -1,9 +1,9 @@
 //! Black-box tests of an OCI runtime's command line.
 //!
 //! Knows nothing of the runtime's code: it makes bundles, runs commands, looks at what they print and what they leave.
-//! [`cases`] runs the tests, [`wishes`] and [`engines`] hold them; [`world`], [`container`] and [`config`] are what they
-//! are made of; [`process`] keeps a hanging command from hanging the suite, [`pty`] is a terminal to type on; [`leaks`]
-//! counts what is left at the end.
+//! [`cases`] runs the tests, [`wishes`] and [`engines`] hold them, [`requirements`] says what they are for, [`profile`] where
+//! a runtime differs, [`report`] tells; [`world`], [`container`] and [`config`] are what they are made of; [`process`] keeps
+//! a hanging command from hanging the suite, [`pty`] is a terminal to type on; [`leaks`] counts what is left at the end.
 
 #![forbid(unsafe_code)]
 
@@ -14,16 +14,20 @@ mod engines;
 mod leaks;
 mod options;
 mod process;
+mod profile;
 mod pty;
+mod report;
+mod requirements;
 mod sha256;
 mod wishes;
 mod world;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 
-use options::Options;
+use options::{Level, Options};
 use world::World;
 
 fn main() -> ExitCode {
@@ -58,10 +62,37 @@ fn suite(options: &Options) -> Result<bool> {
     // What loses its parent becomes ours, as it becomes an engine's.
     let own = rustix::process::getpid();
     rustix::process::set_child_subreaper(Some(own)).context("become a subreaper")?;
+    let mut reports = Vec::new();
+    let mine = (&options.runtime, options.level, options.profile.as_deref());
+    let others = options.beside.iter().map(|path| (path, Level::Contract, None));
+    for (runtime, level, profile) in [mine].into_iter().chain(others) {
+        reports.push(hold(&cases, options, runtime, level, profile)?);
+    }
+    if options.level == Level::Contract || reports.len() > 1 {
+        println!("\n{}", report::table(&reports));
+    }
+    if let Some(path) = &options.junit {
+        std::fs::write(path, report::junit(&reports)).with_context(|| format!("write {}", path.display()))?;
+    }
+    let counts = reports.iter().map(report::Report::counts);
+    let (passed, failed) = counts.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+    println!("{passed} passed, {failed} failed");
+    Ok(failed == 0)
+}
+
+/// Holds one runtime to its wishes.
+fn hold(
+    cases: &[cases::Case],
+    options: &Options,
+    runtime: &Path,
+    level: Level,
+    profile: Option<&str>,
+) -> Result<report::Report> {
     // For the whole process: containers outlive no test, and the copies of the root file systems go with them.
-    let world: &'static World = Box::leak(Box::new(World::new(options)?));
-    let tap = cases::run(&cases, options, world);
-    let removed = world::remove_tree(&world.dir);
-    println!("{} passed, {} failed", tap.passed, tap.failed);
-    removed.map(|()| tap.failed == 0)
+    let world: &'static World = Box::leak(Box::new(World::new(options, runtime, level)?));
+    let profile = profile::Profile::find(profile, runtime)?;
+    let mut report = report::Report::new(profile::name_of(runtime)?, profile);
+    cases::run(cases, options, world, &mut report);
+    world::remove_tree(&world.dir)?;
+    Ok(report)
 }

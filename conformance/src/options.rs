@@ -7,13 +7,18 @@ use anyhow::{Context, Result, bail};
 
 /// What it says when asked.
 pub const USAGE: &str = "\
-usage: a3s-box-conformance --runtime PATH --level local|vm|systemd|smoke|engines --rootfs busybox=DIR
-                           [--rootfs debian=DIR] [--full] [--list] [FILTER...]
+usage: a3s-box-conformance --runtime PATH --level contract|local|vm|systemd|smoke|engines --rootfs busybox=DIR
+                           [--rootfs debian=DIR] [--profile NAME|FILE] [--beside PATH]... [--junit FILE]
+                           [--full] [--list] [FILTER...]
 
-Tests an OCI runtime through its command line. Root only.
-  --level   local: containers are cheap, everything runs; vm: every container is an emulated VM, many checks in each;
-            systemd: VMs on a host that systemd runs, and what they have to do with it; smoke: does it work at all;
-            engines: as docker, podman, containerd and CRI-O (by conmon) drive it
+Tests an OCI runtime through its command line. Root only. Prints TAP, with --beside or --level contract a table.
+  --level   contract: what the spec and engines demand of any runtime; local: containers are cheap, everything runs;
+            vm: every container is an emulated VM, many checks in each; systemd: VMs on a host that systemd runs, and
+            what they have to do with it; smoke: does it work at all; engines: as docker, podman, containerd and
+            CRI-O (by conmon) drive it
+  --profile where the runtime differs, and how it then fails: a3s-box, runc, crun or a file [default: by its --version]
+  --beside  hold another runtime to the contract as well
+  --junit   write the results as JUnit's XML
   --rootfs  root file systems; they are copied, or used without being written to
   --full    full length: 100 MB streams, long loops
   --list    print the tests' names
@@ -33,6 +38,8 @@ pub enum Level {
     Smoke,
     /// Seconds, and engines make them.
     Engines,
+    /// Unknown: what any runtime has to do.
+    Contract,
 }
 
 /// What was asked for.
@@ -40,6 +47,12 @@ pub enum Level {
 pub struct Options {
     /// The runtime under test.
     pub runtime: PathBuf,
+    /// Name or file of its profile.
+    pub profile: Option<String>,
+    /// Other runtimes for the table.
+    pub beside: Vec<PathBuf>,
+    /// Where JUnit's XML goes.
+    pub junit: Option<PathBuf>,
     /// Which tests.
     pub level: Level,
     /// Directory of a busybox root file system.
@@ -59,10 +72,14 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Options>> {
     let mut args = args.map(|arg| arg.into_string().map_err(|arg| anyhow::anyhow!("{arg:?} is not text")));
     let (mut runtime, mut level, mut busybox, mut debian) = (None, None, None, None);
     let (mut full, mut list, mut filters) = (false, false, Vec::new());
+    let (mut profile, mut beside, mut junit) = (None, Vec::new(), None);
     while let Some(arg) = args.next().transpose()? {
         let mut value = || args.next().transpose()?.with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
             "--runtime" => runtime = Some(PathBuf::from(value()?)),
+            "--profile" => profile = Some(value()?),
+            "--beside" => beside.push(PathBuf::from(value()?)),
+            "--junit" => junit = Some(PathBuf::from(value()?)),
             "--level" => {
                 level = Some(match value()?.as_str() {
                     "local" => Level::Local,
@@ -70,7 +87,8 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Options>> {
                     "systemd" => Level::Systemd,
                     "smoke" => Level::Smoke,
                     "engines" => Level::Engines,
-                    other => bail!("--level {other}: local, vm, systemd, smoke or engines"),
+                    "contract" => Level::Contract,
+                    other => bail!("--level {other}: contract, local, vm, systemd, smoke or engines"),
                 });
             }
             "--rootfs" => {
@@ -93,6 +111,9 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Options>> {
         level: level.context("--level is missing")?,
         busybox: busybox.context("--rootfs busybox=DIR is missing")?,
         debian,
+        profile,
+        beside,
+        junit,
         full,
         list,
         filters,

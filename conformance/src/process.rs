@@ -36,6 +36,15 @@ impl Output {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
+    /// What it said on standard error; of a line of logfmt, as runc prints it, its message.
+    pub fn message(&self) -> String {
+        let quoted = self.stderr.strip_prefix("time=").and_then(|line| line.split_once(" msg=\""));
+        match quoted.and_then(|(_, rest)| rest.trim_end().strip_suffix('"')) {
+            Some(text) => text.replace("\\\"", "\"").replace("\\\\", "\\"),
+            None => self.stderr.clone(),
+        }
+    }
+
     /// Fails unless it ended with this code.
     pub fn code(self, expected: i32) -> Result<Self> {
         let (out, err) = (brief(&self.text()), brief(&self.stderr));
@@ -53,7 +62,8 @@ impl Output {
         let lines = self.stderr.lines().count();
         ensure!(lines == 1, "{}: {lines} lines on stderr, not 1: {:?}", self.shown, brief(&self.stderr));
         ensure!(self.stderr.ends_with('\n'), "{}: no newline ends {:?}", self.shown, self.stderr);
-        let missing: Vec<_> = words.iter().filter(|word| !self.stderr.contains(**word)).collect();
+        let message = self.message();
+        let missing: Vec<_> = words.iter().filter(|word| !message.contains(**word)).collect();
         ensure!(missing.is_empty(), "{}: no {missing:?} in {:?}", self.shown, brief(&self.stderr));
         Ok(self)
     }

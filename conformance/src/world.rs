@@ -40,13 +40,14 @@ pub struct World {
 
 impl World {
     /// Makes the directory and copies what tests may write to.
-    pub fn new(options: &Options) -> Result<Self> {
-        let tag = format!("cf{}", std::process::id());
+    pub fn new(options: &Options, runtime: &Path, level: Level) -> Result<Self> {
+        let name = runtime.file_name().unwrap_or_default().to_string_lossy();
+        let tag = format!("cf{}{}", std::process::id(), name.replace('-', ""));
         let dir = std::env::temp_dir().join(format!("a3s-box-conformance-{tag}"));
         fs::create_dir(&dir).with_context(|| format!("make {}", dir.display()))?;
         let world = World {
-            runtime: fs::canonicalize(&options.runtime).context("--runtime")?,
-            level: options.level,
+            runtime: fs::canonicalize(runtime).with_context(|| format!("runtime {}", runtime.display()))?,
+            level,
             full: options.full,
             root: dir.join("state"),
             original: options.busybox.clone(),

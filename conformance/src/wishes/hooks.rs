@@ -53,6 +53,7 @@ pub fn cases() -> Vec<Case> {
         wish(At::Local, "hooks/a-failing-poststop-hook-keeps-no-other-from-running", poststop_fails),
         wish(At::Local, "hooks/a-missing-program-is-named", missing),
         wish(At::Both, "hooks/a-timeout-is-kept", timeout),
+        wish(At::Local, "hooks/a-timeout-ends-what-a-hook-has-started", timeout_of_children),
         wish(At::Local, "hooks/a-timeout-is-kept-in-the-container", start_container_timeout),
         wish(At::Local, "hooks/without-an-environment-they-have-the-runtimes", inherited),
         wish(At::Local, "hooks/one-that-hangs-does-not-outlive-delete-by-force", |world| {
@@ -247,11 +248,8 @@ fn failing(world: &'static World, kind: &str, hook: Value) -> Result<(PathBuf, P
 /// runtime.md "Lifecycle" 3 to 5: generate an error, stop the container, go on with the end of its life.
 fn fails_create(world: &'static World, kind: &str) -> Result<()> {
     let (bundle, told) = failing(world, kind, sh("echo to-out; echo to-err >&2; exit 7"))?;
-    refuse_create(
-        world,
-        &bundle,
-        &[&format!("error running {kind} hook #0: exit status 7, stdout: to-out, stderr: to-err")],
-    )?;
+    let words = format!("error running {kind} hook #0: exit status 7, stdout: to-out");
+    refuse_create(world, &bundle, &[&words, "stderr: to-err"])?;
     let state: Value = serde_json::from_str(&fs::read_to_string(&told).context("poststop did not run")?)?;
     same(&state["status"], &json!("stopped"))
 }
@@ -316,16 +314,21 @@ fn missing(world: &'static World) -> Result<()> {
 }
 
 fn timeout(world: &'static World) -> Result<()> {
+    let mut hook = sh("exec sleep 5000");
+    hook["timeout"] = json!(1);
+    let (bundle, _) = failing(world, "createRuntime", hook)?;
+    let words = "error running createRuntime hook #0: hook ran past specified timeout of 1.0s";
+    let limit = Duration::from_secs(if world.is_vm() { 15 } else { 4 });
+    refuse_create(world, &bundle, &[words])?.within(limit).map(drop)
+}
+
+fn timeout_of_children(world: &'static World) -> Result<()> {
     let pid = world.make_dir("told")?.join("pid");
     let mut hook = sh(&format!("sleep 5000 & echo $! >{}; wait", pid.display()));
     hook["timeout"] = json!(1);
     let (bundle, _) = failing(world, "createRuntime", hook)?;
     let words = "error running createRuntime hook #0: hook ran past specified timeout of 1.0s";
-    refuse_create(world, &bundle, &[words])?.within(Duration::from_secs(if world.is_vm() {
-        15
-    } else {
-        4
-    }))?;
+    refuse_create(world, &bundle, &[words])?.within(Duration::from_secs(4))?;
     let child: i32 = fs::read_to_string(&pid)?.trim().parse()?;
     eventually("the end of what it started", Duration::from_secs(3), || Ok(!is_alive(child)))
 }

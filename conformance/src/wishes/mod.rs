@@ -5,6 +5,7 @@ mod bad_input;
 mod bench;
 mod calling;
 mod chaos;
+mod contract;
 mod death;
 mod detach;
 mod environment;
@@ -51,6 +52,7 @@ pub fn all() -> Vec<Case> {
             run::cases(),
             lifecycle::cases(),
             hooks::cases(),
+            contract::cases(),
             exec::cases(),
             detach::cases(),
             terminal::cases(),

@@ -1,0 +1,15 @@
+# runc 1.3: NAME | WORDS of the failure | REASON
+hooks/create-runs-its-three-kinds-in-order | poststart | up to 1.5.1 poststart hooks run in create
+hooks/start-runs-start-container-before-the-process-and-poststart-after-it | poststart | up to 1.5.1 poststart hooks run in create
+hooks/poststart-gets-the-state-running | status: String("created") | up to 1.5.1 poststart hooks run in create
+hooks/a-failing-poststart-hook-ends-the-container | error running poststart hook | up to 1.5.1 poststart hooks run in create, and fail it
+hooks/a-failing-start-container-hook-fails-start | ended with 0 | start does not wait for these hooks
+detach/paused-stopped-and-unknown-are-refused-without-a-pid-file | | --ignore-paused is taken there, and waits for the thaw
+pause/kill-works-on-a-paused-container | container not paused | resume of a stopped container in other words
+checkpoint/and-restore-are-refused-at-once | | it can checkpoint
+list/as-json | "owner": String("") | state leaves the owner out, list does not
+list/what-is-not-ours-is-passed-over | panic | a foreign state.json brings list down
+flags/every-global-one-in-every-form | flag provided but not defined | it has no --log-level and no --cgroup-manager
+flags/creates-and-runs-in-every-form | -no-subreaper | create has no --no-subreaper
+state/one-object-with-the-fields-of-runc | String("") | state leaves the owner out
+chaos/create-killed-at-any-moment | | a create that is killed may leave its cgroup
