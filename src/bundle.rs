@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use oci_spec::runtime::Spec;
 
+use crate::plan::Machine;
 use crate::support;
 
 /// A bundle that passed every check that needs no plan.
@@ -17,6 +18,8 @@ pub struct Bundle {
     pub dir: PathBuf,
     /// Its config.json.
     pub spec: Spec,
+    /// Its `vm` object.
+    pub machine: Machine,
     /// Absolute path of its root file system.
     pub rootfs: PathBuf,
     /// One line for each field that is set and ignored.
@@ -28,25 +31,27 @@ pub fn open(dir: &Path) -> Result<Bundle> {
     let dir = fs::canonicalize(dir).with_context(|| format!("bundle {}", dir.display()))?;
     let path = dir.join("config.json");
     let text = fs::read(&path).with_context(|| format!("open {}", path.display()))?;
-    let (spec, warnings) = parse(&text, &path)?;
+    let (spec, machine, warnings) = parse(&text, &path)?;
     let root = spec.root().as_ref().context("root: config.json gives no root file system")?;
     let rootfs = dir.join(root.path());
     let metadata = fs::metadata(&rootfs).with_context(|| format!("root.path {}", rootfs.display()))?;
     if !metadata.is_dir() {
         bail!("root.path {}: not a directory", rootfs.display());
     }
-    Ok(Bundle { dir, spec, rootfs, warnings })
+    Ok(Bundle { dir, spec, machine, rootfs, warnings })
 }
 
-/// Reads the text of the config.json at `path`: what it asks for, and a line for each field that is ignored.
-pub fn parse(text: &[u8], path: &Path) -> Result<(Spec, Vec<String>)> {
-    let config: serde_json::Value =
+/// Reads the text of the config.json at `path`: what it asks for, its `vm` object, a line for each ignored field.
+pub fn parse(text: &[u8], path: &Path) -> Result<(Spec, Machine, Vec<String>)> {
+    let mut config: serde_json::Value =
         serde_json::from_slice(text).with_context(|| format!("{} is not valid JSON", path.display()))?;
     check_version(&config["ociVersion"])?;
     let warnings = support::check(&config)?;
+    // The typed reading knows less of it than the specification.
+    let machine = Machine::read(config.as_object_mut().and_then(|fields| fields.remove("vm")))?;
     let spec =
         serde_path(config).with_context(|| format!("{} is not a runtime configuration", path.display()))?;
-    Ok((spec, warnings))
+    Ok((spec, machine, warnings))
 }
 
 /// Typed reading, with the field's name where it goes wrong.

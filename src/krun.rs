@@ -56,13 +56,13 @@ pub struct Machine {
     context: u32,
     memory: usize,
     /// Only libkrun's own mapping needs none.
-    kernel: Option<File>,
+    kernel: Option<Kernel>,
 }
 
 impl Machine {
-    /// The file of the guest kernel, which libkrun opens once more.
-    pub fn kernel(&self) -> Option<&File> {
-        self.kernel.as_ref()
+    /// The files of the guest kernel, which libkrun opens once more.
+    pub fn files(&self) -> Vec<&File> {
+        self.kernel.iter().flat_map(|kernel| [Some(&kernel.file), kernel.initrd.as_ref()]).flatten().collect()
     }
 }
 
@@ -111,7 +111,7 @@ pub fn firmware(explicit: Option<&Path>) -> anyhow::Result<Firmware> {
 
 /// Loads libkrunfw and configures a context. Call it once, in the host's view: no library is opened after the pivot.
 pub fn prepare(vm: &plan::Vm) -> anyhow::Result<Machine> {
-    let guest_kernel = GuestKernel::open(vm.libkrunfw.as_deref())?;
+    let kernel = Kernel::open(vm)?;
     start_log(vm.debug)?;
     // SAFETY: takes nothing; it only registers a context.
     let id = unsafe { ffi::krun_create_ctx() };
@@ -119,14 +119,12 @@ pub fn prepare(vm: &plan::Vm) -> anyhow::Result<Machine> {
     // SAFETY: plain numbers about a context that exists.
     let status = unsafe { ffi::krun_set_vm_config(context, vm.vcpus, vm.memory_mib) };
     check(status, "size the VM")?;
-    // Elsewhere libkrun copies the kernel into aligned memory by itself, and takes no ELF.
-    let kernel = if cfg!(target_arch = "x86_64") { Some(guest_kernel.file()?) } else { None };
     Ok(Machine { context, memory: (vm.memory_mib as usize) << 20, kernel })
 }
 
 /// Adds the devices and runs the VM. Returns only if it could not be started.
 pub fn enter(machine: Machine, devices: &Devices) -> anyhow::Error {
-    let kernel = machine.kernel.iter().try_for_each(|file| set_kernel(machine.context, file));
+    let kernel = machine.kernel.iter().try_for_each(|kernel| set_kernel(machine.context, kernel));
     if let Err(error) = kernel.and_then(|()| attach(machine.context, devices)) {
         return error;
     }
@@ -177,15 +175,91 @@ fn attach(context: u32, devices: &Devices) -> anyhow::Result<()> {
     check(status, "map the control port").map(drop)
 }
 
-/// Has libkrun load the kernel from `file`, which it opens anew by `/proc/self/fd`, instead of mapping libkrunfw's own
+/// What libkrun is to load instead of mapping libkrunfw's own pages.
+struct Kernel {
+    file: File,
+    format: u32,
+    initrd: Option<File>,
+    command_line: CString,
+}
+
+impl Kernel {
+    /// Opens config.json's kernel, or libkrunfw's; `None` where libkrunfw's is loaded best by libkrun itself.
+    fn open(vm: &plan::Vm) -> anyhow::Result<Option<Self>> {
+        const ELF: u32 = 1;
+        let own = vm.kernel.clone().unwrap_or_default();
+        let words =
+            [KERNEL_COMMAND_LINE.to_str()?].into_iter().chain(own.parameters.iter().map(String::as_str));
+        let command_line = CString::new(words.collect::<Vec<_>>().join(" "))?;
+        let initrd = own.initrd.as_deref().map(|path| open_plain(path, "vm.kernel.initrd")).transpose()?;
+        if !own.path.as_os_str().is_empty() {
+            let file = open_plain(&own.path, "vm.kernel.path")?;
+            let format = format(&file).with_context(|| format!("vm.kernel.path {}", own.path.display()))?;
+            return Ok(Some(Kernel { file, format, initrd, command_line }));
+        }
+        let library = GuestKernel::open(vm.libkrunfw.as_deref())?;
+        // Elsewhere libkrun copies the kernel into aligned memory by itself, and takes no ELF.
+        if cfg!(target_arch = "x86_64") {
+            return Ok(Some(Kernel { file: library.file()?, format: ELF, initrd, command_line }));
+        }
+        if vm.kernel.is_some() {
+            bail!(
+                "vm.kernel.parameters and initrd: not supported without vm.kernel.path on this architecture"
+            );
+        }
+        Ok(None)
+    }
+}
+
+fn open_plain(path: &Path, field: &str) -> anyhow::Result<File> {
+    let file = File::open(path).with_context(|| format!("{field}: open {}", path.display()))?;
+    if !file.metadata()?.is_file() {
+        bail!("{field} {}: not a regular file", path.display());
+    }
+    Ok(file)
+}
+
+/// libkrun's number for a kernel's format: ELF, or on x86 a bzImage by how the ELF in it is packed, elsewhere a raw
+/// image or one packed in a PE.
+fn format(file: &File) -> anyhow::Result<u32> {
+    let mut head = [0; 4096];
+    let length = file.read_at(&mut head, 0)?;
+    let head = &head[..length];
+    let is_bzimage = head.get(0x202..0x206) == Some(b"HdrS");
+    if head.starts_with(b"\x7fELF") {
+        return Ok(1);
+    }
+    if cfg!(target_arch = "x86_64") && is_bzimage {
+        let mut image = Vec::new();
+        io::Read::read_to_end(&mut &*file, &mut image)?;
+        let holds = |magic: &[u8]| image.windows(magic.len()).any(|window| window == magic);
+        for (magic, format) in [(&b"\x1f\x8b\x08"[..], 4), (b"\x28\xb5\x2f\xfd", 5), (b"BZh91AY&SY", 3)] {
+            if holds(magic) {
+                return Ok(format);
+            }
+        }
+    }
+    if cfg!(target_arch = "aarch64") {
+        match head {
+            [b'M', b'Z', _, _, b'z', b'i', b'm', b'g', ..] => return Ok(2),
+            _ if head.get(0x38..0x3c) == Some(b"ARM\x64") => return Ok(0),
+            _ => {}
+        }
+    }
+    bail!("not a kernel image of a known format")
+}
+
+/// Has libkrun load the kernel from a file, which it opens anew by `/proc/self/fd`, instead of mapping libkrunfw's own
 /// pages, whose size and alignment keep huge pages away from all the guest RAM behind them. The boot is a third shorter
 /// where the host has huge pages.
-fn set_kernel(context: u32, file: &File) -> anyhow::Result<()> {
-    const ELF: u32 = 1;
-    let path = c_path(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())))?;
-    let line = KERNEL_COMMAND_LINE.as_ptr();
-    // SAFETY: both strings live through the call, which copies them; there is no initramfs.
-    let status = unsafe { ffi::krun_set_kernel(context, path.as_ptr(), ELF, ptr::null(), line) };
+fn set_kernel(context: u32, kernel: &Kernel) -> anyhow::Result<()> {
+    let by_number = |file: &File| c_path(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())));
+    let path = by_number(&kernel.file)?;
+    let initrd = kernel.initrd.as_ref().map(by_number).transpose()?;
+    let initrd = initrd.as_ref().map_or(ptr::null(), |path| path.as_ptr());
+    let line = kernel.command_line.as_ptr();
+    // SAFETY: all strings live through the call, which copies them; no initial RAM disk is a null pointer.
+    let status = unsafe { ffi::krun_set_kernel(context, path.as_ptr(), kernel.format, initrd, line) };
     check(status, "set the guest kernel").map(drop)
 }
 

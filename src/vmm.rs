@@ -320,7 +320,7 @@ fn run(channel: &OwnedFd) -> Result<Stage> {
     jail.enter()?;
     if CONFINED {
         jail::confine_vmm()?;
-        jail::landlock::confine(NODES, machine.kernel())?;
+        jail::landlock::confine(NODES, &machine.files())?;
     }
     Ok(Stage { machine, filter })
 }

@@ -2,6 +2,8 @@
 //!
 //! In: changes by JSON pointer. Out: a bundle directory. Must not: use anything of the runtime's.
 
+pub mod engines;
+
 use serde_json::{Map, Value, json};
 
 /// A runtime configuration in the making.

@@ -10,8 +10,9 @@ use a3s_box_proto::{Frame, Request, pack, unpack};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &[u8]| {
-    let Ok((spec, _)) = bundle::parse(text, Path::new("config.json")) else { return };
-    let Ok(plan) = plan::plan("id", &spec, Path::new("/bundle/rootfs"), Path::new("/bundle")) else { return };
+    let Ok((spec, machine, _)) = bundle::parse(text, Path::new("config.json")) else { return };
+    let planned = plan::plan("id", &spec, &machine, Path::new("/bundle/rootfs"), Path::new("/bundle"));
+    let Ok(plan) = planned else { return };
     assert!((1..=plan::vm::MAX_VCPUS).contains(&plan.vm.vcpus));
     assert!(plan.vm.memory_mib >= plan::vm::MIN_MEMORY_MIB);
     let given = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());

@@ -87,7 +87,7 @@ pub fn birth<'a>(
     context.store.path(&args.id)?;
     let bundle = bundle::open(&args.bundle)?;
     bundle.warnings.iter().for_each(|warning| context.log.warn(warning));
-    let mut plan = plan::plan(&args.id, &bundle.spec, &bundle.rootfs, &bundle.dir)?;
+    let mut plan = plan::plan(&args.id, &bundle.spec, &bundle.machine, &bundle.rootfs, &bundle.dir)?;
     let linux = bundle.spec.linux().as_ref();
     let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
     let place = plan::cgroup::place(&args.id, path, context.cgroup_manager)?;

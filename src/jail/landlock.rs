@@ -28,7 +28,7 @@ pub fn is_available() -> bool {
 
 /// Confines the calling thread and those it will start to the exported tree, the VM's directory, the device nodes and
 /// the kernel's file; left out where the kernel cannot ([`is_available`]).
-pub fn confine(devices: &[&str], kernel: Option<impl AsFd>) -> Result<()> {
+pub fn confine(devices: &[&str], files: &[impl AsFd]) -> Result<()> {
     if !is_available() {
         return Ok(());
     }
@@ -43,10 +43,10 @@ pub fn confine(devices: &[&str], kernel: Option<impl AsFd>) -> Result<()> {
             let access = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
             ruleset = allow(ruleset, device, access)?;
         }
-        Ok(match kernel {
-            Some(file) => ruleset.add_rule(PathBeneath::new(file, AccessFs::ReadFile))?,
-            None => ruleset,
-        })
+        for file in files {
+            ruleset = ruleset.add_rule(PathBeneath::new(file, AccessFs::ReadFile))?;
+        }
+        Ok(ruleset)
     };
     rules().and_then(|ruleset| Ok(ruleset.restrict_self()?)).map(drop).context("Landlock")
 }

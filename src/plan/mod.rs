@@ -6,6 +6,7 @@
 pub mod cgroup;
 mod devices;
 pub mod hooks;
+pub mod machine;
 pub mod mounts;
 pub mod options;
 pub mod process;
@@ -20,6 +21,7 @@ use anyhow::{Context, Result, bail};
 use oci_spec::runtime::{LinuxNamespaceType, LinuxPersonalityDomain, Spec};
 
 pub use hooks::Hooks;
+pub use machine::Machine;
 pub use mounts::{Bind, Tree};
 pub use vm::Vm;
 
@@ -62,7 +64,7 @@ pub struct Namespaces {
 }
 
 /// Plans a container. `rootfs` is the absolute path of its root file system on the host.
-pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan> {
+pub fn plan(id: &str, spec: &Spec, machine: &Machine, rootfs: &Path, bundle: &Path) -> Result<Plan> {
     let namespaces = namespaces(spec)?;
     let (tree, mounts) = mounts::plan(spec, rootfs, bundle)?;
     let linux = spec.linux().as_ref();
@@ -94,7 +96,7 @@ pub fn plan(id: &str, spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<Plan>
         hooks: hooks.start_container.clone(),
         state: hooks::state(spec.version(), id, bundle, &annotations),
     };
-    Ok(Plan { vm: vm::plan(spec)?, tree, namespaces, guest, hooks })
+    Ok(Plan { vm: vm::plan(spec, machine)?, tree, namespaces, guest, hooks })
 }
 
 fn paths(list: Option<&Vec<String>>) -> Vec<PathBuf> {
@@ -208,7 +210,7 @@ mod tests {
     }
 
     fn planned(change: impl FnOnce(&mut Value)) -> Result<Plan> {
-        plan("c1", &spec(change), Path::new("/b/rootfs"), Path::new("/b"))
+        plan("c1", &spec(change), &Machine::default(), Path::new("/b/rootfs"), Path::new("/b"))
     }
 
     #[test]
@@ -281,8 +283,9 @@ mod tests {
         for entry in std::fs::read_dir(corpus).unwrap() {
             let path = entry.unwrap().path();
             let text = std::fs::read(&path).unwrap();
-            let plan = crate::bundle::parse(&text, &path)
-                .and_then(|(spec, _)| plan("c1", &spec, Path::new("/b/rootfs"), Path::new("/b")));
+            let plan = crate::bundle::parse(&text, &path).and_then(|(spec, machine, _)| {
+                plan("c1", &spec, &machine, Path::new("/b/rootfs"), Path::new("/b"))
+            });
             match plan {
                 Ok(_) => planned += 1,
                 Err(error) => assert!(!format!("{error:#}").contains('\n'), "{}: {error:#}", path.display()),

@@ -7,6 +7,8 @@ use anyhow::{Result, bail};
 use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
+use super::machine::{Kernel, Machine};
+
 /// vCPUs where nothing else says how many.
 pub const DEFAULT_VCPUS: u8 = 2;
 /// RAM in MiB where there is no memory limit.
@@ -31,18 +33,26 @@ pub struct Vm {
     pub memory_mib: u32,
     /// Where libkrunfw lies; `None` lets the dynamic linker find it.
     pub libkrunfw: Option<PathBuf>,
+    /// A kernel of the container's own, or more words for that library's.
+    pub kernel: Option<Kernel>,
     /// Whether the VMM logs what it does.
     pub debug: bool,
 }
 
 impl Default for Vm {
     fn default() -> Self {
-        Vm { vcpus: DEFAULT_VCPUS, memory_mib: DEFAULT_MEMORY_MIB, libkrunfw: None, debug: false }
+        Vm {
+            vcpus: DEFAULT_VCPUS,
+            memory_mib: DEFAULT_MEMORY_MIB,
+            libkrunfw: None,
+            kernel: None,
+            debug: false,
+        }
     }
 }
 
-/// Sizes a VM for one container.
-pub fn plan(spec: &Spec) -> Result<Vm> {
+/// Sizes a VM for one container: annotations win over the `vm` object, that one over limits.
+pub fn plan(spec: &Spec, machine: &Machine) -> Result<Vm> {
     let none = HashMap::new();
     let annotations = spec.annotations().as_ref().unwrap_or(&none);
     let resources = resources(spec);
@@ -51,7 +61,7 @@ pub fn plan(spec: &Spec) -> Result<Vm> {
             Ok(n @ 1..=MAX_VCPUS) => n,
             _ => bail!("annotation a3s.box/vcpus: {text:?} is not a number from 1 to {MAX_VCPUS}"),
         },
-        None => vcpus(resources)?,
+        None => machine.vcpus()?.map_or_else(|| vcpus(resources), Ok)?,
     };
     let memory_mib = match annotations.get("a3s.box/memory-mib") {
         Some(text) => match text.parse() {
@@ -60,9 +70,9 @@ pub fn plan(spec: &Spec) -> Result<Vm> {
                 "annotation a3s.box/memory-mib: {text:?} is not a number of MiB from {MIN_MEMORY_MIB} (the least that boots)"
             ),
         },
-        None => memory_mib(resources)?,
+        None => machine.memory_mib()?.map_or_else(|| memory_mib(resources), Ok)?,
     };
-    Ok(Vm { vcpus, memory_mib, ..Vm::default() })
+    Ok(Vm { vcpus, memory_mib, kernel: machine.kernel().cloned(), ..Vm::default() })
 }
 
 fn resources(spec: &Spec) -> Option<&LinuxResources> {
@@ -139,7 +149,7 @@ mod tests {
             v["linux"]["resources"] = resources;
             v["annotations"] = annotations;
         });
-        plan(&spec).map(|vm| (vm.vcpus, vm.memory_mib))
+        plan(&spec, &Machine::default()).map(|vm| (vm.vcpus, vm.memory_mib))
     }
 
     #[test]

@@ -33,6 +33,7 @@ const NO_LSM: Support = Ignored("the guest kernel has no such security module");
 const NO_NUMA: Support = Ignored("the guest has one memory node");
 const NOT_IN_V2: Support = Ignored("cgroup v2 has no such control");
 const HOST_HARDWARE: Support = Ignored("it is about hardware of the host that the guest does not see");
+const NO_PASSTHROUGH: Support = Refused("hardware of the host cannot be passed into the VM");
 const OTHER_SYSTEM: Support = Refused("this is a Linux runtime");
 const NO_LISTENER: Support =
     Refused("the filter runs in the guest's kernel, no descriptor of it can cross to the host");
@@ -152,10 +153,15 @@ pub const FIELDS: &[Field] = &[
     field("linux.resources.network", NOT_IN_V2),
     field("linux.resources.rdma", HOST_HARDWARE),
     field("linux.resources.unified", Guest).note("but `cpuset.`, `io.`, `rdma.`, `misc.`"),
-    field("vm.hypervisor", NOT_YET),
-    field("vm.kernel", NOT_YET),
-    field("vm.image", NOT_YET),
-    field("vm.hwConfig", NOT_YET),
+    field("vm.hypervisor", Refused("the hypervisor is libkrun, linked into a3s-box")),
+    field("vm.kernel", Both).note("an empty path is the configured kernel with more parameters"),
+    field("vm.image", Refused("the VM's root file system is the container's")),
+    field("vm.hwConfig.vcpus", Host),
+    field("vm.hwConfig.memory", Host).note("bytes"),
+    field("vm.hwConfig.deviceTree", NO_PASSTHROUGH),
+    field("vm.hwConfig.dtdevs", NO_PASSTHROUGH),
+    field("vm.hwConfig.iomems", NO_PASSTHROUGH),
+    field("vm.hwConfig.irqs", NO_PASSTHROUGH),
     field("solaris", OTHER_SYSTEM),
     field("windows", OTHER_SYSTEM),
     field("zos", OTHER_SYSTEM),

@@ -17,6 +17,17 @@ mod krun;
 
 /// What src/krun.rs takes from the host crate.
 mod plan {
+    /// Another kernel than libkrunfw's.
+    #[derive(Clone, Default)]
+    pub struct Kernel {
+        /// Where it lies.
+        pub path: std::path::PathBuf,
+        /// More words for its command line.
+        pub parameters: Vec<String>,
+        /// Its initial RAM disk.
+        pub initrd: Option<std::path::PathBuf>,
+    }
+
     /// The size of the VM.
     pub struct Vm {
         /// Virtual CPUs.
@@ -25,6 +36,8 @@ mod plan {
         pub memory_mib: u32,
         /// Where libkrunfw lies.
         pub libkrunfw: Option<std::path::PathBuf>,
+        /// Another kernel: never here.
+        pub kernel: Option<Kernel>,
         /// Whether libkrun logs more than errors.
         pub debug: bool,
     }
@@ -72,7 +85,7 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn options() -> anyhow::Result<Options> {
-    let vm = plan::Vm { vcpus: 1, memory_mib: 256, libkrunfw: None, debug: false };
+    let vm = plan::Vm { vcpus: 1, memory_mib: 256, libkrunfw: None, kernel: None, debug: false };
     let mut options = Options { vm, bundled: true, hold: false };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {

@@ -228,7 +228,21 @@ pub const CONFIGS: &[Bad] = &[
         &["linux.timeOffsets"],
     ),
     bad("bad-input/windows", |c| c.set("/windows", json!({ "layerFolders": ["x"] })), &["windows"]),
-    bad("bad-input/a-vm-section", |c| c.set("/vm", json!({ "kernel": { "path": "/vmlinuz" } })), &["vm"]),
+    bad(
+        "bad-input/a-hypervisor",
+        |c| c.set("/vm/hypervisor", json!({ "path": "/usr/bin/qemu" })),
+        &["vm.hypervisor", "libkrun"],
+    ),
+    bad(
+        "bad-input/a-kernel-parameter-that-is-not-theirs",
+        |c| c.set("/vm/kernel", json!({ "path": "", "parameters": ["init=/bin/sh"] })),
+        &["vm.kernel.parameters", "init=/bin/sh"],
+    ),
+    bad(
+        "bad-input/too-many-vcpus-of-hardware",
+        |c| c.set("/vm/hwConfig/vcpus", json!(99)).without("/annotations"),
+        &["vm.hwConfig.vcpus", "99"],
+    ),
     bad(
         "bad-input/an-id-mapped-mount",
         |c| c.set("/mounts/0/uidMappings", json!([{ "containerID": 0, "hostID": 1, "size": 1 }])),

@@ -4,24 +4,15 @@ use std::fs;
 use std::os::unix::fs::FileTypeExt;
 
 use anyhow::{Result, ensure};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::run::same;
 use crate::cases::{At, Case, Wish, sharing, wish};
-use crate::config::Config;
+use crate::config::{Config, engines};
 use crate::container::Container;
 use crate::leaks::processes;
 use crate::process;
 use crate::world::World;
-
-/// What docker allows by default (moby's daemon/pkg/oci/defaults.go).
-pub fn docker_rules() -> Value {
-    let device = |major: u32, minor: u32| json!({ "allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm" });
-    let mut rules = vec![json!({ "allow": false, "access": "rwm" })];
-    rules.extend([(1, 5), (1, 3), (1, 9), (1, 8), (5, 0), (5, 1)].map(|(major, minor)| device(major, minor)));
-    rules.push(json!({ "allow": false, "type": "c", "major": 10, "minor": 229, "access": "rwm" }));
-    json!(rules)
-}
 
 /// Wishes that share a container with a value in every field.
 const FIELDS: &[Wish<Container>] = &[
@@ -87,6 +78,8 @@ pub fn cases() -> Vec<Case> {
         sharing(At::Vm, full, FIELDS),
         sharing(At::Local, without_limits, &FIELDS[..FIELDS.len() - 1]),
         wish(At::Both, "devices/a-privileged-container-has-what-the-guest-has", privileged),
+        wish(At::Vm, "vm/kernel-parameters-and-sizes-are-as-asked", vm_object),
+        wish(At::Vm, "vm/a-kernel-that-is-none-is-refused", no_kernel),
         wish(At::Local, "devices/another-file-in-their-place-is-an-error", occupied),
         wish(At::Vm, "resources/no-more-processes-than-none", no_pids),
         wish(At::Local, "resources/ignored-ones-are-warned-about", ignored),
@@ -113,7 +106,7 @@ fn config() -> Config {
         )
         .set("/linux/personality", json!({ "domain": "LINUX32" }))
         .set("/linux/devices", json!([mine, zero("/srv/deep/zero"), { "path": "/dev/fifo", "type": "p" }]))
-        .set("/linux/resources/devices", docker_rules())
+        .set("/linux/resources/devices", engines::docker_rules())
         .set("/process/scheduler", json!({ "policy": "SCHED_BATCH", "nice": 7 }))
         .set("/process/ioPriority", json!({ "class": "IOPRIO_CLASS_BE", "priority": 5 }))
         .set("/process/oomScoreAdj", json!(300))
@@ -165,6 +158,32 @@ fn privileged(world: &'static World) -> Result<()> {
     same(&output.text(), &"1:b\na:e5\nopened\n".into())
 }
 
+fn vm_object(world: &'static World) -> Result<()> {
+    let script = "grep -o 'a3sbox.wish=[0-9]*' /proc/cmdline; nproc; grep MemTotal /proc/meminfo | tr -s ' ' | cut -d ' ' -f 2";
+    let config = Config::sh(script)
+        .without("/annotations")
+        .set("/vm/kernel", json!({ "path": "", "parameters": ["a3sbox.wish=7"] }))
+        .set("/vm/hwConfig", json!({ "vcpus": 1, "memory": 300 << 20 }));
+    let said = world.run_config(&config)?;
+    let lines: Vec<&str> = said.lines().collect();
+    same(&(lines[0], lines[1]), &("a3sbox.wish=7", "1"))?;
+    let kib: u64 = lines[2].parse()?;
+    ensure!((220 * 1024..=300 * 1024).contains(&kib), "{kib} KiB of 300 MiB");
+    Ok(())
+}
+
+fn no_kernel(world: &'static World) -> Result<()> {
+    for (path, words) in [
+        ("/etc/passwd", "not a kernel image"),
+        ("/dev/zero", "not a regular file"),
+        ("/no/kernel", "no such file"),
+    ] {
+        let config = Config::sh("echo ran").set("/vm/kernel/path", json!(path));
+        world.run(&world.bundle(&config)?, b"")?.code(1)?.one_line(&["vm.kernel.path", path, words])?;
+    }
+    Ok(())
+}
+
 fn occupied(world: &'static World) -> Result<()> {
     let device = json!({ "path": "/etc/passwd", "type": "c", "major": 1, "minor": 3 });
     let config = Config::sh("echo ran").set("/linux/devices", json!([device]));
@@ -172,7 +191,8 @@ fn occupied(world: &'static World) -> Result<()> {
 }
 
 fn no_pids(world: &'static World) -> Result<()> {
-    let config = Config::sh("echo ran; (echo child)").set("/linux/resources/pids", json!({ "limit": 0 }));
+    let config =
+        Config::sh("echo ran; (echo child); echo more").set("/linux/resources/pids", json!({ "limit": 0 }));
     let output = world.run(&world.bundle(&config)?, b"")?;
     ensure!(
         output.text() == "ran\n" && output.stderr.contains("fork"),

@@ -8,6 +8,7 @@ mod chaos;
 mod contract;
 mod death;
 mod detach;
+mod engines;
 mod environment;
 mod exec;
 mod fields;
@@ -69,6 +70,7 @@ pub fn all() -> Vec<Case> {
             seccomp::cases(),
             systemd::cases(),
             fields::cases(),
+            engines::cases(),
             listing::cases(),
             bad_input::cases(),
             calling::cases(),
