@@ -2,10 +2,15 @@
 //!
 //! In: argv. Out: typed arguments. Must not: look at the system; what a flag means is decided elsewhere.
 
+#[path = "cli/update.rs"]
+mod update;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use update::Update;
 
 /// OCI runtime that runs every container in its own libkrun microVM
 #[derive(Debug, Parser)]
@@ -107,6 +112,10 @@ pub enum Command {
     Pause(Id),
     /// Let a frozen container go on
     Resume(Id),
+    /// Change the limits of a container
+    Update(Box<Update>),
+    /// Print what a container uses, as JSON: every interval, or once
+    Events(Events),
     /// Write a config.json to start from
     Spec(Spec),
     /// Print what this runtime supports as JSON (runtime-spec features.md)
@@ -287,6 +296,20 @@ pub struct List {
     /// Ids alone
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+/// Flags of `events`.
+#[derive(Debug, Args)]
+pub struct Events {
+    /// How long between two lines: a number with `ms`, `s`, `m` or `h`, or of seconds
+    #[arg(long, value_name = "TIME", default_value = "5s")]
+    pub interval: String,
+    /// One line and no more
+    #[arg(long)]
+    pub stats: bool,
+    /// Container id
+    #[arg(value_name = "ID")]
+    pub id: String,
 }
 
 /// Flags of `ps`.

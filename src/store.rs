@@ -49,6 +49,12 @@ pub struct Record {
     pub ready: bool,
     /// The guest has confirmed `start`.
     pub started: bool,
+    /// Virtual CPUs of its microVM.
+    pub vcpus: u8,
+    /// RAM of its microVM in MiB.
+    pub memory_mib: u32,
+    /// `linux.resources` as it holds now, devices apart.
+    pub resources: serde_json::Value,
     /// Its host cgroup.
     pub cgroup: Cgroup,
     /// Its hooks: config.json may be another by the time they run.

@@ -232,6 +232,17 @@ impl Server {
                 Some(container) => Outcome::Processes(container.processes()),
                 None => Outcome::NotFound,
             }),
+            Request::Update { container, limits } => Some(match self.containers.get(&container) {
+                Some(container) => match container.limit(&limits) {
+                    Ok(()) => Outcome::Done,
+                    Err(error) => Outcome::Failed { text: format!("{error:#}") },
+                },
+                None => Outcome::NotFound,
+            }),
+            Request::Stats { container } => Some(match self.containers.get(&container) {
+                Some(container) => Outcome::Stats(container.stats()),
+                None => Outcome::NotFound,
+            }),
             Request::Acknowledge => {
                 self.acknowledge(id);
                 None

@@ -4,6 +4,7 @@
 //! [`systemd`]'s scopes. In: a planned place. Out: a [`Cgroup`] that is kept in the state. Must not: leave a directory
 //! behind, or take one that others live in.
 
+mod limits;
 pub mod systemd;
 
 use std::fs;
@@ -15,6 +16,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::plan::cgroup::{OWN_PARENT, Place, Scope};
+use crate::plan::host::Limits;
+pub use limits::Undo;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -76,21 +79,40 @@ impl Cgroup {
         }
     }
 
-    /// Makes it, with what is missing above, and moves a process in, with whatever that starts from now on.
-    pub fn enter(&mut self, place: &Place, pid: i32) -> Result<()> {
+    /// Makes it, with what is missing above and these limits, and moves a process in, with whatever that starts from
+    /// now on.
+    pub fn enter(&mut self, place: &Place, pid: i32, limits: &Limits) -> Result<()> {
+        let version = version();
         if let Place::Scope(scope) = place {
-            scope.start(pid, Vec::new())?;
+            // On v1 systemd has other properties, and a scope that is delegated it leaves alone.
+            let known = if version == Version::V2 { limits::properties(limits) } else { Vec::new() };
+            scope.start(pid, known)?;
             self.scope = Some(scope.clone());
             self.dirs = dirs(&path_of(pid, &scope.unit)?)?;
         }
+        self.dirs.iter().try_for_each(|dir| make(dir))?;
+        let _ = limits::write(limits, &self.dirs, version)?;
         for dir in &self.dirs {
-            make(dir)?;
             if !pids(dir).contains(&pid) {
                 fs::write(dir.join("cgroup.procs"), pid.to_string())
                     .with_context(|| format!("join cgroup {}", dir.display()))?;
             }
         }
         Ok(())
+    }
+
+    /// Changes limits.
+    pub fn limit(&self, limits: &Limits) -> Result<Undo> {
+        let version = version();
+        let undo = limits::write(limits, &self.dirs, version)?;
+        let properties = limits::properties(limits);
+        if let Some(scope) = self.scope.as_ref().filter(|_| version == Version::V2 && !properties.is_empty())
+            && let Err(error) = scope.set(properties)
+        {
+            undo.run();
+            return Err(error);
+        }
+        Ok(undo)
     }
 
     /// Moves the calling process in, with whatever it starts from now on.
@@ -145,6 +167,11 @@ impl Cgroup {
         all.sort_unstable();
         all.dedup();
         all
+    }
+
+    /// Its io.stat: one line a disk. cgroup v1 has none.
+    pub fn io(&self) -> String {
+        self.dirs.iter().find_map(|dir| fs::read_to_string(dir.join("io.stat")).ok()).unwrap_or_default()
     }
 
     /// Kills every process in it and below it.

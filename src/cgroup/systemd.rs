@@ -108,6 +108,13 @@ impl Scope {
         let list = processes.and_then(|reply| Ok(reply.body.parser().get::<Vec<(String, u32, String)>>()?));
         !list.is_ok_and(|list| list.is_empty())
     }
+
+    /// Changes limits as systemd keeps them, so that it does not undo them at its next reload.
+    pub fn set(&self, limits: Properties) -> Result<()> {
+        let set = Bus::connect()?
+            .call(MANAGER, "SetUnitProperties", |call| call.body.push_param3(&*self.unit, true, limits));
+        set.map(drop).with_context(|| format!("systemd: change the limits of {}", self.unit))
+    }
 }
 
 /// systemd's version, where it answers.

@@ -13,7 +13,7 @@ use crate::cgroup::Cgroup;
 use crate::cli;
 use crate::hooks;
 use crate::monitor::{self, Handle, Report};
-use crate::plan::{self, Hooks, Plan, cgroup::Place};
+use crate::plan::{self, Hooks, Limits, Plan, Vm, cgroup::Place};
 use crate::relay;
 use crate::store::{Entry, ProcessId, Record};
 use crate::terminal::Pty;
@@ -96,14 +96,17 @@ pub fn birth<'a>(
     crate::vmm::usable()?;
     context.log.debug(&format!("planned: {} vCPUs, {} MiB", plan.vm.vcpus, plan.vm.memory_mib));
     let entry = context.store.create(&args.id)?;
-    let record = record(&args.id, &bundle, plan.hooks.clone());
+    let record = record(&args.id, &bundle, &plan.vm, plan.hooks.clone())?;
     let has_terminal = plan.guest.process.terminal.is_some();
     let mut born = Born { context, record, handle: None, pid_file: None, has_terminal, entry: Some(entry) };
     if let Some(place) = &place {
         born.record.cgroup = Cgroup::plan(place)?;
     }
     born.save()?;
-    raise(context, &mut born, plan, place.as_ref(), signals, pty.as_ref())?;
+    let (early, late) = std::mem::take(&mut plan.limits).split();
+    let seat = place.as_ref().map(|place| (place, &early));
+    raise(context, &mut born, plan, seat, signals, pty.as_ref())?;
+    let _ = born.record.cgroup.limit(&late)?;
     born.record.ready = true;
     born.save()?;
     pty.map_or(Ok(()), Pty::send)?;
@@ -119,8 +122,8 @@ fn refuse_flags(args: &cli::Create) -> Result<()> {
     super::refuse_descriptors(&args.engine)
 }
 
-fn record(id: &str, bundle: &Bundle, hooks: Hooks) -> Record {
-    Record {
+fn record(id: &str, bundle: &Bundle, vm: &Vm, hooks: Hooks) -> Result<Record> {
+    Ok(Record {
         id: id.to_string(),
         oci_version: bundle.spec.version().clone(),
         bundle: bundle.dir.clone(),
@@ -129,12 +132,25 @@ fn record(id: &str, bundle: &Bundle, hooks: Hooks) -> Record {
         created: jiff::Timestamp::now().to_string(),
         monitor: None,
         vm: None,
+        vcpus: vm.vcpus,
+        memory_mib: vm.memory_mib,
+        resources: resources(bundle)?,
         ready: false,
         started: false,
         cgroup: Cgroup::default(),
         hooks,
         owner: nix::unistd::geteuid().as_raw(),
+    })
+}
+
+/// Of which `update` changes parts. Its devices are those of `create`.
+fn resources(bundle: &Bundle) -> Result<serde_json::Value> {
+    let resources = bundle.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let mut value = serde_json::to_value(resources).context("linux.resources")?;
+    if let Some(fields) = value.as_object_mut() {
+        fields.remove("devices");
     }
+    Ok(value)
 }
 
 /// Clones the monitor, puts it into its cgroup and follows its reports until the container is there.
@@ -142,7 +158,7 @@ fn raise(
     context: &Context,
     born: &mut Born,
     plan: Plan,
-    place: Option<&Place>,
+    place: Option<(&Place, &Limits)>,
     signals: Option<&SignalFd>,
     pty: Option<&Pty>,
 ) -> Result<()> {
@@ -154,8 +170,8 @@ fn raise(
     born.record.monitor = ProcessId::of(handle.pid);
     let handle = born.handle.insert(handle);
     entry.save(&born.record)?;
-    if let Some(place) = place {
-        born.record.cgroup.enter(place, handle.pid)?;
+    if let Some((place, limits)) = place {
+        born.record.cgroup.enter(place, handle.pid, limits)?;
         entry.save(&born.record)?;
         context.log.debug("monitor in its cgroup");
     }

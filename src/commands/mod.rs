@@ -3,6 +3,7 @@
 mod check;
 mod create;
 mod delete;
+mod events;
 mod exec;
 mod features;
 mod kill;
@@ -13,6 +14,7 @@ mod run;
 mod spec;
 mod start;
 mod state;
+mod update;
 
 use std::io::Write;
 use std::os::fd::BorrowedFd;
@@ -73,6 +75,8 @@ fn dispatch(context: &Context, command: Command) -> Result<i32> {
         Command::List(args) => list::list(context, &args),
         Command::Ps(args) => ps::ps(context, &args),
         Command::Pause(args) => pause::pause(context, &args.id),
+        Command::Update(args) => update::update(context, &args),
+        Command::Events(args) => events::events(context, &args),
         Command::Resume(args) => pause::resume(context, &args.id),
         Command::Spec(args) => spec::spec(&args),
         Command::Features(args) => features::features(&args),

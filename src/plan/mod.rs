@@ -6,6 +6,7 @@
 pub mod cgroup;
 mod devices;
 pub mod hooks;
+pub mod host;
 pub mod machine;
 pub mod mounts;
 pub mod options;
@@ -21,6 +22,7 @@ use anyhow::{Context, Result, bail};
 use oci_spec::runtime::{LinuxNamespaceType, LinuxPersonalityDomain, Spec};
 
 pub use hooks::Hooks;
+pub use host::Limits;
 pub use machine::Machine;
 pub use mounts::{Bind, Tree};
 pub use vm::Vm;
@@ -38,6 +40,8 @@ pub struct Plan {
     pub guest: proto::Container,
     /// Programs to run along the container's life.
     pub hooks: Hooks,
+    /// Limits of the host cgroup.
+    pub limits: Limits,
 }
 
 /// A host namespace of the monitor's.
@@ -96,7 +100,9 @@ pub fn plan(id: &str, spec: &Spec, machine: &Machine, rootfs: &Path, bundle: &Pa
         hooks: hooks.start_container.clone(),
         state: hooks::state(spec.version(), id, bundle, &annotations),
     };
-    Ok(Plan { vm: vm::plan(spec, machine)?, tree, namespaces, guest, hooks })
+    let vm = vm::plan(spec, machine)?;
+    let limits = host::bounds(vm.memory_mib).and(resources.map_or(Ok(Limits::default()), host::limits)?);
+    Ok(Plan { vm, tree, namespaces, guest, hooks, limits })
 }
 
 fn paths(list: Option<&Vec<String>>) -> Vec<PathBuf> {

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 
 /// Keys of `unified` that act on what only the host has.
-const HOST_ALONE: [&str; 4] = ["cpuset.", "io.", "rdma.", "misc."];
+pub const HOST_ALONE: [&str; 4] = ["cpuset.", "io.", "rdma.", "misc."];
 const DEFAULT_PERIOD: u64 = 100_000;
 
 /// The limits that hold in the guest, in the order in which they are written.

@@ -138,6 +138,32 @@ fn memory_mib(resources: Option<&LinuxResources>) -> Result<u32> {
     }
 }
 
+/// Whether other limits fit into a VM, whose size is fixed when it is created.
+pub fn fits(before: &LinuxResources, after: &LinuxResources, vcpus: u8, memory_mib: u32) -> Result<()> {
+    let (held, limit) = (memory_limit(Some(before))?, memory_limit(Some(after))?);
+    if let Some(bytes) = limit.filter(|_| limit != held)
+        && self::memory_mib(Some(after))? > memory_mib
+    {
+        let room = u64::from(memory_mib.saturating_sub(GUEST_OVERHEAD_MIB)) * PAGE_STRUCTURES
+            / (PAGE_STRUCTURES + 1);
+        bail!(
+            "linux.resources.memory.limit {bytes}: the container's VM was created with {memory_mib} MiB, which cannot grow: it has room for {} bytes",
+            room << 20
+        );
+    }
+    let (held, wanted) = (self::vcpus(Some(before))?, self::vcpus(Some(after))?);
+    let quota = after.cpu().as_ref().and_then(|cpu| cpu.quota()).filter(|quota| *quota > 0);
+    if let Some(quota) = quota
+        && wanted != held
+        && wanted > vcpus
+    {
+        bail!(
+            "linux.resources.cpu.quota {quota}: the container's VM was created with {vcpus} vCPUs, which cannot grow: this takes {wanted}"
+        );
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::spec;
@@ -191,5 +217,26 @@ mod tests {
             let text = sized(resources, annotations).unwrap_err().to_string();
             assert!(text.contains(words), "{text}");
         }
+    }
+
+    #[test]
+    fn a_vm_does_not_grow() {
+        let check = |before: Value, after: Value| {
+            let typed = |value: Value| serde_json::from_value(value).unwrap();
+            fits(&typed(before), &typed(after), 2, 586).map_err(|error| error.to_string())
+        };
+        let limit = |bytes: i64| json!({"memory": {"limit": bytes}});
+        let half = 512 << 20;
+        for after in
+            [limit(half), limit(1 << 20), limit(-1), json!({"cpu": {"quota": 200_000, "cpus": "0-9"}})]
+        {
+            assert_eq!(check(limit(half), after), Ok(()));
+        }
+        assert_eq!(check(limit(1 << 40), limit(1 << 40)), Ok(()), "it was like that from the start");
+        let text = check(limit(half), limit(half + (1 << 20))).unwrap_err();
+        assert!(text.starts_with("linux.resources.memory.limit 537919488"), "{text}");
+        assert!(
+            check(limit(half), json!({"cpu": {"quota": 200_001}})).unwrap_err().contains("cpu.quota 200001")
+        );
     }
 }

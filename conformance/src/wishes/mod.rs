@@ -31,6 +31,7 @@ mod seccomp;
 mod streams;
 mod systemd;
 mod terminal;
+mod update;
 
 use crate::cases::{At, Case, sharing};
 
@@ -71,6 +72,7 @@ pub fn all() -> Vec<Case> {
             systemd::cases(),
             fields::cases(),
             engines::cases(),
+            update::cases(),
             listing::cases(),
             bad_input::cases(),
             calling::cases(),

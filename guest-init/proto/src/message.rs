@@ -5,6 +5,7 @@
 //! it. In and out: JSON bodies of [`crate::Frame::Message`].
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::frame::{Frame, MAX_MESSAGE};
@@ -53,6 +54,18 @@ pub enum Request {
     Resize(Size),
     /// The container's processes, as the guest numbers them.
     Processes {
+        /// Container id.
+        container: String,
+    },
+    /// Change limits of a container's cgroup: all of them, or none.
+    Update {
+        /// Container id.
+        container: String,
+        /// File of cgroup v2 and the value to write, in this order.
+        limits: Vec<(String, String)>,
+    },
+    /// What a container's cgroup counts.
+    Stats {
         /// Container id.
         container: String,
     },
@@ -330,6 +343,9 @@ pub enum Outcome {
     Done,
     /// The answer to [`Request::Processes`].
     Processes(Vec<ProcessInfo>),
+    /// The answer to [`Request::Stats`]: numbers by file of cgroup v2, or by file and key (`memory.stat/anon`); a limit
+    /// that is not set is [`u64::MAX`].
+    Stats(BTreeMap<String, u64>),
     /// No such container, or the connection owns no process.
     NotFound,
     /// The process has ended already; nothing was done.
@@ -496,6 +512,8 @@ mod tests {
         round_trip(Request::Exec { container: id(), process: Box::new(process()), cgroup: "a/b".into() });
         round_trip(Request::Signal { container: id(), signal: 15, target: Target::All });
         round_trip(Request::Processes { container: id() });
+        round_trip(Request::Update { container: id(), limits: vec![("pids.max".into(), "5".into())] });
+        round_trip(Request::Stats { container: id() });
         round_trip(Request::Acknowledge);
     }
 
@@ -505,6 +523,7 @@ mod tests {
         for outcome in [
             Outcome::Done,
             Outcome::Processes(vec![ProcessInfo { pid: 1, ppid: 0, uid: 0, command: "sh".into() }]),
+            Outcome::Stats([("pids.current".to_string(), u64::MAX)].into()),
             Outcome::NotFound,
             Outcome::AlreadyExited,
             Outcome::Busy { reason: "created".into() },

@@ -1,5 +1,6 @@
 //! A container's cgroup in the guest: made, limited, joined, listed, removed.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Component, Path, PathBuf};
@@ -33,16 +34,62 @@ impl Cgroup {
 
     fn bound(&self, spec: &Container) -> Result<()> {
         for (file, value) in &spec.limits {
-            match set(self.path.join(file), value) {
-                Ok(()) => {}
-                // What the guest cannot limit has no limit, and a guest without swap keeps every limit of it.
-                Err(Errno::ENOENT) if value.starts_with("max") || file == "memory.swap.max" => {}
-                Err(errno) => bail!("linux.resources: set {file} to {value} in the guest: {}", words(errno)),
-            }
+            self.set(file, value)?;
         }
         let Some(rules) = &spec.device_rules else { return Ok(()) };
         let dir = File::open(&self.path).context("open the container's cgroup in the guest")?;
         device_filter::attach(&dir, rules).context("linux.resources.devices")
+    }
+
+    fn set(&self, file: &str, value: &str) -> Result<()> {
+        match set(self.path.join(file), value) {
+            Ok(()) => Ok(()),
+            // What the guest cannot limit has no limit, and a guest without swap keeps every limit of it.
+            Err(Errno::ENOENT) if value.starts_with("max") || file == "memory.swap.max" => Ok(()),
+            Err(errno) => bail!("linux.resources: set {file} to {value} in the guest: {}", words(errno)),
+        }
+    }
+
+    /// Changes limits: all, or none.
+    pub fn limit(&self, limits: &[(String, String)]) -> Result<()> {
+        let mut held: Vec<(&str, String)> = Vec::new();
+        for (file, value) in limits {
+            let before = fs::read_to_string(self.path.join(file)).unwrap_or_default();
+            if let Err(error) = self.set(file, value) {
+                for (file, before) in held.iter().rev() {
+                    let _ = self.set(file, before.trim_end());
+                }
+                return Err(error);
+            }
+            held.push((file, before));
+        }
+        Ok(())
+    }
+
+    /// What the kernel counts here, by file, or by file and key.
+    pub fn stats(&self) -> BTreeMap<String, u64> {
+        let counted = |file: &str| {
+            let controller = file.split('.').next().unwrap_or_default();
+            let kind = file.rsplit('.').next().unwrap_or_default();
+            ["memory", "cpu", "pids", "hugetlb"].contains(&controller)
+                && ["current", "peak", "max", "stat", "events", "failcnt"].contains(&kind)
+        };
+        let number = |text: &str| if text == "max" { Some(u64::MAX) } else { text.parse().ok() };
+        let mut stats = BTreeMap::new();
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let files = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        for file in files.filter(|file| counted(file)) {
+            let text = fs::read_to_string(self.path.join(&file)).unwrap_or_default();
+            for line in text.lines() {
+                match line.split_once(' ') {
+                    None => stats.extend(number(line).map(|number| (file.clone(), number))),
+                    Some((key, value)) => {
+                        stats.extend(number(value).map(|number| (format!("{file}/{key}"), number)))
+                    }
+                }
+            }
+        }
+        stats
     }
 
     /// A descriptor through which a process can [`join`] from any mount namespace.

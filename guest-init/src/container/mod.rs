@@ -6,6 +6,7 @@
 mod device_filter;
 mod limits;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -227,6 +228,16 @@ impl Container {
     /// The container's processes.
     pub fn processes(&self) -> Vec<ProcessInfo> {
         self.cgroup.pids().into_iter().filter_map(describe).collect()
+    }
+
+    /// Changes limits: all, or none.
+    pub fn limit(&self, limits: &[(String, String)]) -> Result<()> {
+        self.cgroup.limit(limits)
+    }
+
+    /// What its cgroup counts.
+    pub fn stats(&self) -> BTreeMap<String, u64> {
+        self.cgroup.stats()
     }
 
     /// Removes what the container leaves in the guest.
