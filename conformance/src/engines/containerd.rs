@@ -39,6 +39,7 @@ fn set_up(world: &'static World) -> Result<Engine> {
         runtime: world.runtime.display().to_string(),
         daemon: None,
         clear: &["version"],
+        tidy: ":",
         dir,
     };
     let mut containerd = Command::new("containerd");
@@ -94,7 +95,8 @@ fn life(engine: &mut Engine) -> Result<()> {
     process::eventually("it stops", engine.world.patience(), || {
         Ok(engine.ok(&["task", "ls"])?.contains("STOPPED"))
     })?;
-    engine.call(&["task", "delete", &id])?.code(9)?;
+    let deleted = engine.call(&["task", "delete", &id])?.code(0)?;
+    ensure!(deleted.stderr.contains("non-zero exit code 9"), "its status: {}", deleted.stderr);
     engine.ok(&["containers", "delete", &id]).map(drop)
 }
 

@@ -49,6 +49,7 @@ fn set_up(world: &'static World) -> Result<Engine> {
         runtime: "box".into(),
         daemon: None,
         clear: &["system", "prune", "--all", "--force"],
+        tidy: "ip link delete docker0",
         dir,
     };
     start(&mut engine)?;
@@ -73,6 +74,8 @@ fn live_restore(engine: &mut Engine) -> Result<()> {
     let daemon = engine.daemon.take().context("the daemon")?;
     daemon.signal(Signal::KILL)?;
     process::wait_gone(daemon.pid(), engine.world.patience())?;
+    // Collected, or its pid file would still name a process.
+    drop(daemon);
     start(engine)?;
     same(&engine.inspect(&name, ".State.Pid")?, &before)?;
     same(&engine.sh(&name, "echo still here")?, &"still here".into())?;

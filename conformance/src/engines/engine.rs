@@ -33,6 +33,8 @@ pub struct Engine {
     pub daemon: Option<Running>,
     /// What removes all its containers.
     pub clear: &'static [&'static str],
+    /// A shell script that takes away what its daemon leaves even where all is well.
+    pub tidy: &'static str,
 }
 
 impl Engine {
@@ -129,13 +131,12 @@ impl Drop for Engine {
             let _ = process::signal(pid, rustix::process::Signal::KILL);
         }
         process::reap_orphans();
-        let mut unmount = Command::new("sh");
-        unmount.args([
-            "-c",
-            "grep -F \"$0/\" /proc/self/mountinfo | cut -d ' ' -f 5 | sort -r | xargs -r umount -l",
-        ]);
-        unmount.arg(&self.dir);
-        let _ = process::run(unmount, b"", Duration::from_secs(30));
+        let unmount = "grep -F \"$0/\" /proc/self/mountinfo | cut -d ' ' -f 5 | sort -r | xargs -r umount -l";
+        for script in [self.tidy, unmount] {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", script]).arg(&self.dir);
+            let _ = process::run(shell, b"", Duration::from_secs(30));
+        }
     }
 }
 

@@ -49,6 +49,7 @@ fn set_up(world: &'static World) -> Result<Engine> {
         runtime: "box".into(),
         daemon: None,
         clear: &["rm", "--all", "--force", "--time", "0"],
+        tidy: ":",
         dir,
     };
     let import = engine.command(&["import", "--change", "CMD sh", "-", IMAGE]);

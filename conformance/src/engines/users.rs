@@ -33,7 +33,9 @@ pub fn streams(engine: &mut Engine) -> Result<()> {
         engine.command(&[&base, &super::engine::SMALL[..], &[super::engine::IMAGE], &script].concat());
     let output = process::run(command, &vec![0; 2 << 20], engine.world.patience())?.code(0)?;
     same(&output.text(), &"b2d1236c286a3c0704224fe4105eca49  -\n".into())?;
-    same(&output.stderr, &"apart\n".into())
+    // docker itself warns where the host cannot limit swap.
+    let lines: Vec<&str> = output.stderr.lines().filter(|line| !line.starts_with("WARNING: ")).collect();
+    same(&lines, &vec!["apart"])
 }
 
 /// Flags of `run` that show inside.
