@@ -69,7 +69,7 @@ struct Relay<'a> {
 
 /// Relays until the guest process has ended and its output is written.
 pub fn run(connection: Connection, signals: &SignalFd, post: Post) -> Result<ExitStatus> {
-    let mut pumps = Pumps::start()?;
+    let mut pumps = Pumps::start(post.terminal.is_some())?;
     if post.terminal.is_some() {
         pumps.end(Stream::Stderr);
     }

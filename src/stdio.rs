@@ -65,8 +65,9 @@ impl Voice {
 }
 
 impl Pumps {
-    /// Starts the threads. Signals must be blocked already, so that none is delivered to them.
-    pub fn start() -> Result<Self> {
+    /// Starts the threads. Signals must be blocked already, so that none is delivered to them. `to_terminal` says
+    /// whether input goes to a terminal of the process's own.
+    pub fn start(to_terminal: bool) -> Result<Self> {
         let wake =
             Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("eventfd")?);
         let (sender, events) = channel();
@@ -75,7 +76,7 @@ impl Pumps {
         let (gate, input_voice) = (input.clone(), voice.clone());
         thread::Builder::new()
             .name("stdin".into())
-            .spawn(move || pump_input(&gate, &input_voice))
+            .spawn(move || pump_input(to_terminal, &gate, &input_voice))
             .context("thread")?;
         let mut outputs = [None, None];
         for (slot, stream) in outputs.iter_mut().zip([Stream::Stdout, Stream::Stderr]) {
@@ -132,7 +133,7 @@ impl AsFd for Pumps {
     }
 }
 
-fn pump_input(gate: &Gate, voice: &Voice) {
+fn pump_input(to_terminal: bool, gate: &Gate, voice: &Voice) {
     loop {
         let mut window = gate.window.lock().unwrap_or_else(PoisonError::into_inner);
         while window.allowance() == 0 {
@@ -142,7 +143,7 @@ fn pump_input(gate: &Gate, voice: &Voice) {
         drop(window);
         match nix::unistd::read(io::stdin(), &mut buffer) {
             // A terminal that is not raw yet has made this of the character.
-            Ok(0) if terminal::is_terminal(0) => {
+            Ok(0) if to_terminal && terminal::is_terminal(0) => {
                 gate.window.lock().unwrap_or_else(PoisonError::into_inner).sent(1);
                 voice.say(Event::Input(vec![END_OF_TRANSMISSION]));
             }

@@ -52,6 +52,13 @@ pub const SHARED: &[Wish<Bench>] = &[
         terminal.expect("hello\r\ngot hello\r\n")?;
         exec.finish()?.code(9).map(drop)
     }),
+    ("terminal/control-d-on-the-callers-ends-the-input-of-a-program-without-one", |bench| {
+        let args = ["exec", &bench.container.id, "sh", "-c", "cat; echo over"];
+        let (mut terminal, exec, _slave) = Terminal::spawn(bench.world(), &args, (24, 80))?;
+        terminal.say("line\n\x04")?;
+        terminal.expect("line\r\nline\r\nover\r\n")?;
+        exec.finish()?.code(0).map(drop)
+    }),
     ("terminal/one-without-the-other-is-refused-in-words", refusals),
     ("terminal/a-console-socket-may-have-a-long-name", |bench| {
         let dir = bench.world().make_dir(&"long".repeat(40))?;
