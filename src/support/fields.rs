@@ -49,8 +49,7 @@ pub const FIELDS: &[Field] = &[
     field("mounts[].type", Both),
     field("mounts[].source", Host),
     field("mounts[].options", Both).note("see `mountOptions` of `a3s-box features`"),
-    field("mounts[].uidMappings", Host)
-        .note("bind mounts of file systems that can be ID-mapped: not overlayfs, NFS, 9p"),
+    field("mounts[].uidMappings", Host).note(ID_MAPS),
     field("mounts[].gidMappings", Host).note(ID_MAPS),
     field("process.args", Guest),
     field("process.env", Guest),
