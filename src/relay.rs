@@ -268,7 +268,7 @@ impl Relay<'_> {
                 // A reader left: its pump has noticed.
                 None if signal == libc::SIGPIPE && info.ssi_pid == std::process::id() => {}
                 // What the end of input tells the whole session in the guest.
-                None if self.post.terminal.is_some() && is_hangup(&info) => {}
+                None if self.post.terminal == Some(0) && is_hangup(&info) => {}
                 None if signal == libc::SIGWINCH && self.resize() => {}
                 // The caller's terminal stops a foreground exec, not the process in the guest.
                 None if self.post.is_job
