@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use a3s_box_mount::{Kind, Root, attach, clone_tree, errno_words, file_system, open_path, set_attributes};
 use anyhow::{Context, Result, anyhow};
 use caps::{CapSet, Capability};
-use libseccomp::{ScmpAction, ScmpFilterContext, ScmpSyscall};
+use libseccomp::{ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use tree::Export;
@@ -209,15 +209,11 @@ const RELAY: &[&str] = &[
     "newfstatat",
     "statx",
     "fcntl",
-    "ioctl",
     "futex",
     "exit",
     "exit_group",
     "wait4",
     "waitid",
-    "kill",
-    "tgkill",
-    "tkill",
     "pidfd_send_signal",
     "rt_sigaction",
     "rt_sigprocmask",
@@ -246,6 +242,20 @@ const RELAY: &[&str] = &[
     "eventfd2",
 ];
 
+/// `ioctl` requests of a relay: settings and size of the terminal it has. TIOCSTI would type on the caller's.
+const TERMINAL: [libc::Ioctl; 10] = [
+    libc::TCGETS,
+    libc::TCGETS2,
+    libc::TCSETS,
+    libc::TCSETS2,
+    libc::TCSETSW,
+    libc::TCSETSW2,
+    libc::TCSETSF,
+    libc::TCSETSF2,
+    libc::TIOCGWINSZ,
+    libc::FIONBIO,
+];
+
 /// Allows [`RELAY`] alone. Before the first byte from the guest: a parser's bug must not be worth much.
 /// `more` names system calls that this relay needs besides.
 pub fn confine_relay(more: &[&str]) -> Result<()> {
@@ -257,13 +267,64 @@ pub fn confine_relay(more: &[&str]) -> Result<()> {
                 .with_context(|| format!("seccomp rule for {name}"))?;
         }
     }
+    relay_by_arguments(&mut filter)?;
     // clone3's flags lie in memory that a filter cannot see; glibc falls back to clone, whose flags can be seen.
     let clone3 = ScmpSyscall::from_name("clone3").context("seccomp rule for clone3")?;
     filter.add_rule(ScmpAction::Errno(libc::ENOSYS), clone3).context("seccomp rule for clone3")?;
     let clone = ScmpSyscall::from_name("clone").context("seccomp rule for clone")?;
     let thread = libc::CLONE_THREAD as u64;
-    let is_thread =
-        libseccomp::ScmpArgCompare::new(0, libseccomp::ScmpCompareOp::MaskedEqual(thread), thread);
+    let is_thread = ScmpArgCompare::new(0, ScmpCompareOp::MaskedEqual(thread), thread);
     filter.add_rule_conditional(ScmpAction::Allow, clone, &[is_thread]).context("seccomp rule for clone")?;
     filter.load().context("load the seccomp filter")
+}
+
+/// Calls of a relay whose arguments decide.
+fn relay_by_arguments(filter: &mut ScmpFilterContext) -> Result<()> {
+    let is = |argument, value| ScmpArgCompare::new(argument, ScmpCompareOp::Equal, value);
+    let requests = TERMINAL.iter().map(|request| ("ioctl", is(1, *request)));
+    // raise(3) and abort(3): as root it might signal anybody's processes, without any capability.
+    let own = [("tgkill", is(0, std::process::id().into()))];
+    for (name, condition) in requests.chain(own) {
+        let shown = || format!("seccomp rule for {name}");
+        let syscall = ScmpSyscall::from_name(name).with_context(shown)?;
+        filter.add_rule_conditional(ScmpAction::Allow, syscall, &[condition]).with_context(shown)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::wait::{WaitStatus, waitpid};
+    use nix::unistd::{ForkResult, fork};
+
+    /// What a relay's system call fails with, 0 where it does not.
+    fn errno(syscall: libc::c_long, arguments: [libc::c_long; 3]) -> i32 {
+        // SAFETY: the child makes system calls and allocates, which glibc's fork leaves possible; then it ends.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => match waitpid(child, None).unwrap() {
+                WaitStatus::Exited(_, errno) => errno,
+                other => panic!("{other:?}"),
+            },
+            ForkResult::Child => {
+                nix::sys::prctl::set_no_new_privs().unwrap();
+                confine_relay(&[]).unwrap();
+                let [a, b, c] = arguments;
+                // SAFETY: plain numbers, or pointers that the kernel checks; nothing of it is kept.
+                let failed = unsafe { libc::syscall(syscall, a, b, c) } < 0;
+                // SAFETY: _exit takes any status and does not return.
+                unsafe { libc::_exit(if failed { nix::errno::Errno::last_raw() } else { 0 }) }
+            }
+        }
+    }
+
+    #[test]
+    fn a_relay_can_neither_type_on_a_terminal_nor_signal_others() {
+        let ioctl = |request: libc::Ioctl| errno(libc::SYS_ioctl, [-1, request as libc::c_long, 0]);
+        assert_eq!([libc::TIOCSTI, libc::TIOCLINUX].map(ioctl), [libc::EPERM; 2]);
+        assert_eq!([libc::TIOCGWINSZ, libc::TCSETSW].map(ioctl), [libc::EBADF; 2]);
+        let parent = std::process::id().into();
+        assert_eq!(errno(libc::SYS_kill, [parent, 0, 0]), libc::EPERM);
+        assert_eq!(errno(libc::SYS_tgkill, [parent, parent, 0]), libc::EPERM);
+    }
 }
