@@ -340,11 +340,16 @@ fn prepare(mut plan: Plan, dir: &Path, joined: Joined, reporter: &Reporter) -> R
 /// `prestart` and `createRuntime` hooks by the caller, then `createContainer` hooks: this process's root is the host's
 /// still, its namespaces are the container's.
 fn run_hooks(list: &[Hook], state: &Value, rootfs: &Path, reporter: &Reporter) -> Result<()> {
+    let before = tree::mounts_below(rootfs)?;
     reporter.send(&Report::Environment, None);
     if !reporter.may_go_on() {
         bail!("create was given up");
     }
-    hooks::in_container(list, state, rootfs, reporter.0.as_fd())
+    hooks::in_container(list, state, rootfs, reporter.0.as_fd())?;
+    match tree::mounts_below(rootfs)?.difference(&before).next() {
+        Some(path) => bail!("hooks: the mount that one made on {} cannot reach into the VM", path.display()),
+        None => Ok(()),
+    }
 }
 
 /// The whole VM counts as the process that config.json speaks of. A caller without privilege may only raise the score.

@@ -3,6 +3,7 @@
 //! Sources are opened once, so both views show the same thing. In: the planned tree. Out: detached mounts for the
 //! VM's export; the monitor's own root. Must not: write into the root file system anything but missing mount points.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -130,6 +131,21 @@ impl View {
         let root = open_path(Path::new("/")).map_err(|e| anyhow!("open the new root: {}", errno_words(e)))?;
         set_attributes(root, read_only(self.readonly), false)
     }
+}
+
+/// Mount points below a directory, as this process sees them.
+pub fn mounts_below(dir: &Path) -> Result<BTreeSet<PathBuf>> {
+    let dir = std::fs::canonicalize(dir).with_context(|| format!("root.path {}", dir.display()))?;
+    let table = std::fs::read_to_string("/proc/self/mountinfo").context("read the mount table")?;
+    // proc_pid_mountinfo(5): these four are written in octal.
+    let unescape = |text: &str| {
+        [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+            .iter()
+            .fold(text.to_string(), |text, (code, plain)| text.replace(code, plain))
+    };
+    let points =
+        table.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| PathBuf::from(unescape(point)));
+    Ok(points.filter(|point| point.starts_with(&dir) && *point != dir).collect())
 }
 
 fn read_only(readonly: bool) -> u64 {

@@ -55,6 +55,7 @@ pub fn cases() -> Vec<Case> {
         wish(At::Both, "hooks/a-timeout-is-kept", timeout),
         wish(At::Local, "hooks/a-timeout-ends-what-a-hook-has-started", timeout_of_children),
         wish(At::Local, "hooks/a-timeout-is-kept-in-the-container", start_container_timeout),
+        wish(At::Local, "hooks/a-mount-that-one-makes-is-refused", mounts),
         wish(At::Local, "hooks/without-an-environment-they-have-the-runtimes", inherited),
         wish(At::Local, "hooks/one-that-hangs-does-not-outlive-delete-by-force", |world| {
             hang(world, "createRuntime")
@@ -342,6 +343,23 @@ fn start_container_timeout(world: &'static World) -> Result<()> {
     world.refused(&["start", &container.id], &[words])?.within(Duration::from_secs(4))?;
     container.wait()?;
     container.delete(&[])
+}
+
+/// In a VM it could not be seen.
+fn mounts(world: &'static World) -> Result<()> {
+    let rootfs = world.shared_rootfs().display();
+    for kind in ["createContainer", "createRuntime"] {
+        let enter = if kind == "createRuntime" {
+            "nsenter -m -t $(grep -o '\"pid\":[0-9]*' | cut -d: -f2)"
+        } else {
+            ""
+        };
+        let (bundle, told) = failing(world, kind, sh(&format!("{enter} mount -t tmpfs made {rootfs}/tmp")))?;
+        refuse_create(world, &bundle, &["hooks", &format!("{rootfs}/tmp"), "cannot reach into the VM"])
+            .context(kind)?;
+        ensure!(told.exists(), "poststop did not run");
+    }
+    Ok(())
 }
 
 fn inherited(world: &'static World) -> Result<()> {
