@@ -14,6 +14,8 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sys::stat::Mode;
 
+use crate::userns::Root;
+
 /// Name of the FIFO in the VM's directory.
 pub const FIFO: &str = "console";
 /// Name of the file in the VM's directory.
@@ -30,9 +32,15 @@ pub struct Console {
 
 impl Console {
     /// Makes the FIFO and the file in the VM's directory and opens both.
-    pub fn create(dir: &Path) -> Result<Self> {
+    ///
+    /// With `root`, directory and FIFO are that user's, who is the VMM.
+    pub fn create(dir: &Path, root: Option<Root>) -> Result<Self> {
         let path = dir.join(FIFO);
         nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600)).context("make the console FIFO")?;
+        if let Some(Root { uid, gid }) = root {
+            let give = |path: &Path| std::os::unix::fs::chown(path, Some(uid), Some(gid));
+            give(&path).and_then(|()| give(dir)).context("give the VM's directory to the VMM's user")?;
+        }
         let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
         // Read and write, so that a writer's leaving is no end of file.
         let fifo = File::options()
@@ -113,7 +121,7 @@ mod tests {
     fn a_flood_keeps_its_end_and_stays_bounded() {
         let dir = std::env::temp_dir().join(format!("a3s-box-console-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        let mut console = Console::create(&dir).unwrap();
+        let mut console = Console::create(&dir, None).unwrap();
         let mut writer = File::from(Console::writer(&dir).unwrap());
         for n in 0..20_000 {
             writer.write_all(format!("line {n} of a guest that talks too much\n").as_bytes()).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! # Layout
 //! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] (with [`seccomp`]) → [`store`].
-//! Intent into processes: [`monitor`] (the container's pid) → [`hooks`], [`jail`], [`cgroup`] → [`vmm`] →
+//! Intent into processes: [`monitor`] (the container's pid) → [`hooks`], [`jail`], [`userns`], [`cgroup`] → [`vmm`] →
 //! [`krun`]; [`proxy`] (the pid of a detached `exec`).
 //! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`].
 //! [`commands`] strings them together, one file a verb. [`log`] is the one voice.
@@ -29,6 +29,7 @@ mod stdio;
 mod store;
 mod support;
 mod terminal;
+mod userns;
 mod vmm;
 
 use std::ffi::OsStr;

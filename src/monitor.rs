@@ -35,6 +35,7 @@ use crate::log::sentence;
 use crate::plan::{Namespace, Plan};
 use crate::relay::{self, Post, Vm, VmDied};
 use crate::store::VM_DIR;
+use crate::userns::{self, UserNamespace};
 use crate::{terminal, vmm};
 
 /// The file in the container's directory that holds the monitor's last message: an [`End`], or nothing where the
@@ -86,34 +87,39 @@ pub struct Handle {
 
 /// Clones a monitor, which waits to be told to go on. `dir` is the container's directory, `slave` the other end of a
 /// pty that takes the place of the caller's streams.
-pub fn spawn(plan: Plan, dir: &Path, slave: Option<OwnedFd>) -> Result<Handle> {
+pub fn spawn(mut plan: Plan, dir: &Path, slave: Option<OwnedFd>) -> Result<Handle> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .context("socketpair")?;
-    let joined = Joined::open(&plan)?;
-    let namespaces = &plan.namespaces;
+    let mut joined = Joined::open(&plan)?;
+    let mut user = UserNamespace::open(&plan.namespaces)?;
     let mut flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
-    for (namespace, flag) in [
-        (&namespaces.network, libc::CLONE_NEWNET),
-        (&namespaces.ipc, libc::CLONE_NEWIPC),
-        (&namespaces.uts, libc::CLONE_NEWUTS),
-    ] {
-        if *namespace == Namespace::New {
-            flags |= flag;
+    match &mut user {
+        Some(user) => {
+            plan.guest.user = Some(user.for_guest());
+            joined.0.extend(user.owned.drain(..).map(|(flag, fd)| (flag, fd, "linux.namespaces".into())));
+        }
+        None => {
+            let new = plan.namespaces.owned().into_iter().filter(|owned| *owned.0 == Namespace::New);
+            flags |= new.fold(0, |flags, (_, flag, _)| flags | flag.bits());
         }
     }
     // SAFETY: without CLONE_VM and with no stack given, clone is fork; this process has one thread.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
     match Errno::result(pid).context("clone the monitor")? {
         0 => {
-            let fds = joined.0.iter().map(|(_, fd, _)| fd).chain([&theirs]).chain(&slave);
+            let user_fd = user.as_ref().map(|user| &user.fd);
+            let fds = joined.0.iter().map(|(_, fd, _)| fd).chain([&theirs]).chain(&slave).chain(user_fd);
             jail::keep_only(&fds.map(AsRawFd::as_raw_fd).collect::<Vec<_>>());
-            let status = live(plan, dir, joined, slave, theirs);
+            let status = live(plan, dir, (joined, user), slave, theirs);
             // SAFETY: _exit takes any status and does not return; no exit handler of the parent's may run here.
             unsafe { libc::_exit(status) }
         }
         pid => Ok(Handle { pid: pid as i32, pidfd: vmm::pidfd_open(pid as i32)?, channel: ours }),
     }
 }
+
+/// What the monitor enters.
+type Opened = (Joined, Option<UserNamespace>);
 
 /// Namespaces to join, opened while their paths mean what the caller meant.
 struct Joined(Vec<(CloneFlags, OwnedFd, String)>);
@@ -246,14 +252,14 @@ impl Reporter {
 }
 
 /// The monitor's life. Returns its exit status.
-fn live(plan: Plan, dir: &Path, joined: Joined, slave: Option<OwnedFd>, channel: OwnedFd) -> i32 {
+fn live(plan: Plan, dir: &Path, opened: Opened, slave: Option<OwnedFd>, channel: OwnedFd) -> i32 {
     let reporter = Reporter(channel);
     // Not a process is started, nor memory taken, before this one is in its cgroup.
     if !reporter.may_go_on() {
         return 1;
     }
     let born =
-        begin_session(slave).and_then(|()| prepare(plan, dir, joined, &reporter)).and_then(|mut stage| {
+        begin_session(slave).and_then(|()| prepare(plan, dir, opened, &reporter)).and_then(|mut stage| {
             let connection = stage.create(&reporter)?;
             Ok((stage, connection))
         });
@@ -299,7 +305,9 @@ fn begin_session(slave: Option<OwnedFd>) -> Result<()> {
     slave.map_or(Ok(()), terminal::take)
 }
 
-fn prepare(mut plan: Plan, dir: &Path, joined: Joined, reporter: &Reporter) -> Result<Stage> {
+fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> Result<Stage> {
+    let (joined, user) = opened;
+    let root = user.as_ref().map(|user| user.root);
     set_oom_score(plan.guest.process.oom_score_adj)?;
     joined.enter()?;
     jail::make_slave()?;
@@ -309,12 +317,12 @@ fn prepare(mut plan: Plan, dir: &Path, joined: Joined, reporter: &Reporter) -> R
         nix::unistd::sethostname(hostname).context("hostname")?;
     }
     let vm_dir = dir.join(VM_DIR);
-    let console = Console::create(&vm_dir)?;
-    let vmm = vmm::spawn(&plan.vm, &vm_dir, dir)?;
+    let console = Console::create(&vm_dir, root)?;
+    let vmm = vmm::spawn(&plan.vm, &vm_dir, dir, user.as_ref())?;
     reporter.send(&Report::Vmm, Some(vmm.pidfd()));
     let (rootfs, hooked) = (plan.tree.rootfs.clone(), plan.hooks.any_at_create());
     let sources = tree::open(plan.tree, &mut plan.guest)?;
-    let exports = sources.exports(&mut plan.guest.mounts)?;
+    let exports = sources.exports(&mut plan.guest.mounts, root)?;
     let last_message = open_last_message(dir)?;
     let place = open(&vm_dir)?;
     // Hooks look for the container's tree at root.path, and may change what is in it.
@@ -328,6 +336,9 @@ fn prepare(mut plan: Plan, dir: &Path, joined: Joined, reporter: &Reporter) -> R
     view.enter()?;
     // Sockets of the VM are reached from here, whatever the root is now.
     nix::unistd::fchdir(&place).context("enter the VM's directory")?;
+    if let Some(user) = user.filter(|_| vmm::CONFINED) {
+        userns::enter(user.fd, false)?;
+    }
     let signals = relay::take_signals()?;
     jail::drop_privileges()?;
     jail::confine_relay(&["socket", "connect"])?;

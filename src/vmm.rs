@@ -32,6 +32,7 @@ use crate::jail::tree::Export;
 use crate::jail::{self, Jail};
 use crate::log::sentence;
 use crate::plan::Vm;
+use crate::userns::{self, Root, UserNamespace};
 
 #[cfg(not(feature = "local-guest"))]
 use crate::krun;
@@ -45,7 +46,7 @@ static GUEST_INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest-init"
 /// Device nodes that libkrun opens after the pivot.
 const NODES: &[&str] = if cfg!(feature = "local-guest") { &[] } else { &["/dev/kvm"] };
 /// Whether the VMM gives up its privileges: what stands in for a VM in tests needs them to make namespaces.
-const CONFINED: bool = !cfg!(feature = "local-guest");
+pub const CONFINED: bool = !cfg!(feature = "local-guest");
 /// Of the caller's environment: where libraries and the shared kernel image lie. The rest is none of the VMM's business.
 const KEPT_ENV: [&str; 2] = ["LD_LIBRARY_PATH", "XDG_RUNTIME_DIR"];
 /// Descriptors in one message; the kernel's own bound is 253.
@@ -54,9 +55,9 @@ const BATCH: usize = 128;
 /// What the monitor tells the VMM.
 #[derive(Debug, Serialize, Deserialize)]
 enum Order {
-    /// First: what to prepare, a directory that the jail may hide, and the VM's directory. Paths, because a mount
-    /// namespace takes no descriptors from another.
-    Prepare { vm: Vm, anchor: PathBuf, dir: PathBuf },
+    /// First: what to prepare, a directory that the jail may hide, the VM's directory, and whose root the VMM becomes;
+    /// the user namespace comes along. Paths, because a mount namespace takes no descriptors from another.
+    Prepare { vm: Vm, anchor: PathBuf, dir: PathBuf, root: Option<Root> },
     /// Mounts of the exported tree: place and whether it is a directory, one descriptor each.
     Attach(Vec<(PathBuf, bool)>),
     /// The tree is whole: boot.
@@ -78,8 +79,8 @@ pub struct Death {
     pub how: String,
 }
 
-/// Starts a VMM that parks. `dir` is the VM's directory, `anchor` one that its jail may hide.
-pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path) -> Result<Vmm> {
+/// Starts a VMM that parks, to live in `user`. `dir` is the VM's directory, `anchor` one that its jail may hide.
+pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path, user: Option<&UserNamespace>) -> Result<Vmm> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).context("socketpair")?;
@@ -95,8 +96,7 @@ pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path) -> Result<Vmm> {
         .stdout(output.try_clone().context("console")?)
         .stderr(output);
     let prepare = || {
-        // It dies with the process that holds it, whatever becomes of that one's pid namespace.
-        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+        die_with_parent()?;
         // The monitor's terminal is none of its business.
         nix::unistd::setsid()?;
         // Its mount namespace is its own before it does anything: the monitor's pivot must not take it along.
@@ -108,9 +108,15 @@ pub fn spawn(vm: &Vm, dir: &Path, anchor: &Path) -> Result<Vmm> {
     drop(theirs);
     let pidfd = pidfd_open(child.id() as i32)?;
     let vmm = Vmm { pidfd, channel: ours, child };
-    let order = Order::Prepare { vm: vm.clone(), anchor: anchor.to_path_buf(), dir: dir.to_path_buf() };
-    vmm.order(&order, &[])?;
+    let root = user.map(|user| user.root);
+    let order = Order::Prepare { vm: vm.clone(), anchor: anchor.to_path_buf(), dir: dir.to_path_buf(), root };
+    vmm.order(&order, &user.iter().map(|user| user.fd.as_fd()).collect::<Vec<_>>())?;
     Ok(vmm)
+}
+
+/// The VMM ends with the process that holds it, whatever becomes of that one's pid namespace. A new user forgets it.
+fn die_with_parent() -> nix::Result<()> {
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
 }
 
 /// A descriptor for a process that is our child, or another that cannot end meanwhile.
@@ -302,9 +308,11 @@ impl Stage {
 fn run(channel: &OwnedFd) -> Result<Stage> {
     fcntl(channel, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("channel")?;
     jail::set_limits();
-    let (Order::Prepare { vm, anchor, dir }, _) = receive(channel)? else { bail!("out of turn: no Prepare") };
+    let (Order::Prepare { vm, anchor, dir, root }, user) = receive(channel)? else {
+        bail!("out of turn: no Prepare")
+    };
     let machine = krun::prepare(&vm)?;
-    let jail = Jail::build(&anchor, &dir, NODES)?;
+    let jail = Jail::build(&anchor, &dir, NODES, root)?;
     // While the monitor puts the tree together.
     let filter = if CONFINED { Some(Filter::compile()?) } else { None };
     loop {
@@ -317,8 +325,13 @@ fn run(channel: &OwnedFd) -> Result<Stage> {
             _ => bail!("out of turn: neither Attach nor Boot"),
         }
     }
-    jail.enter()?;
+    let jail = jail.enter()?;
     if CONFINED {
+        for user in user {
+            // Where nodes are the host's own, a group's membership may be what opens them.
+            userns::enter(user, !jail.has_own_nodes)?;
+            die_with_parent()?;
+        }
         jail::confine_vmm()?;
         jail::landlock::confine(NODES, &machine.files())?;
     }

@@ -54,24 +54,34 @@ pub struct Pipes {
     pub status: OwnedFd,
     /// Read by the child before execve: one byte opens it. `None` runs on at once.
     pub gate: Option<OwnedFd>,
+    /// The user namespace that the workload belongs to.
+    pub user: Option<OwnedFd>,
 }
 
 /// The child's own view of its pipes.
-pub struct Story(File);
+pub struct Story {
+    pipe: File,
+    user: Option<OwnedFd>,
+}
 
 impl Story {
     /// Gives pid 1 the ends of a terminal.
     fn hand_over(&self, terminal: &Terminal) -> Result<()> {
         let fds = [terminal.master.as_raw_fd(), terminal.slave.as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&fds)];
-        let sent =
-            sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(b"T")], &rights, MsgFlags::MSG_NOSIGNAL, None);
+        let sent = sendmsg::<()>(
+            self.pipe.as_raw_fd(),
+            &[IoSlice::new(b"T")],
+            &rights,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        );
         sent.map(drop).context("hand the terminal to pid 1")
     }
 
     /// Reports a failure and ends.
     pub fn fail(mut self, error: &anyhow::Error) -> ! {
-        let _ = self.0.write_all(format!("E{error:#}").as_bytes());
+        let _ = self.pipe.write_all(format!("E{error:#}").as_bytes());
         leave(1)
     }
 }
@@ -85,9 +95,11 @@ pub fn leave(status: i32) -> ! {
 /// First steps of every child: streams at 0 to 2, pipes at fixed places, nothing else inherited.
 pub fn arrange(ends: Ends, pipes: Pipes) -> Story {
     let gate = pipes.gate.as_ref().map(|gate| gate.as_raw_fd());
+    let user = pipes.user.as_ref().map(|user| user.as_raw_fd());
     // Above all targets first, so that none is overwritten before it is copied.
     let mut high = Vec::new();
-    for fd in ends.iter().map(|end| end.as_raw_fd()).chain([pipes.status.as_raw_fd()]).chain(gate) {
+    for fd in ends.iter().map(|end| end.as_raw_fd()).chain([pipes.status.as_raw_fd()]).chain(gate).chain(user)
+    {
         // SAFETY: F_DUPFD_CLOEXEC on a descriptor that this process owns.
         high.push(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10) });
     }
@@ -100,8 +112,10 @@ pub fn arrange(ends: Ends, pipes: Pipes) -> Story {
     // SAFETY: closes everything above our own; the owners of those numbers are forgotten below, not dropped.
     unsafe { libc::close_range(first_unused, libc::c_uint::MAX, 0) };
     std::mem::forget((ends, pipes));
+    // SAFETY: dup3 put it there, last of all, and nothing else owns that number.
+    let user = user.map(|_| unsafe { OwnedFd::from_raw_fd(first_unused as RawFd - 1) });
     // SAFETY: dup3 put the status pipe there, and nothing else owns that number.
-    Story(unsafe { File::from_raw_fd(STATUS) })
+    Story { pipe: unsafe { File::from_raw_fd(STATUS) }, user }
 }
 
 /// Becomes the workload under the container's `filter`, or tells why not. With `start`, waits for the start byte just
@@ -130,7 +144,7 @@ pub fn become_workload(
 
 fn wait_gate(command: Command, story: &mut Story, start: Option<(&[Hook], &Value)>) -> Result<Command> {
     if let Some((hooks, state)) = start {
-        story.0.write_all(b"R").context("report")?;
+        story.pipe.write_all(b"R").context("report")?;
         // SAFETY: `arrange` put the gate there, and nothing else owns that number.
         let mut gate = unsafe { File::from_raw_fd(GATE) };
         let mut byte = [0];
@@ -196,6 +210,10 @@ fn prepare(
     }
     schedule(process)?;
     let entered = nix::unistd::chdir(&process.cwd);
+    if let Some(user) = &story.user {
+        // Full of capabilities there, and without any outside of it.
+        nix::sched::setns(user, nix::sched::CloneFlags::CLONE_NEWUSER).context("enter the user namespace")?;
+    }
     filter.map_or(Ok(()), seccomp::load)?;
     become_user(process)?;
     // Root may be kept out of a directory that the user may enter, and the other way round.

@@ -108,9 +108,9 @@ fn boots(hopeful: bool, wait: Duration) -> Finding {
 fn probe(wait: Duration) -> Result<String> {
     let dir = ProbeDir::make()?;
     let begin = Instant::now();
-    let mut console = Console::create(&dir.0)?;
+    let mut console = Console::create(&dir.0, None)?;
     let size = Vm { vcpus: 1, memory_mib: vm::MIN_MEMORY_MIB, ..Vm::default() };
-    let mut vmm = vmm::spawn(&size, &dir.0, &dir.0)?;
+    let mut vmm = vmm::spawn(&size, &dir.0, &dir.0, None)?;
     let greeted = vmm.boot(&[]).and_then(|()| greet(&mut console, &vmm, &dir.0, begin + wait));
     vmm::kill(vmm.pidfd());
     vmm.reap();

@@ -13,13 +13,19 @@ use std::collections::HashSet;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use a3s_box_mount::{Kind, Root, attach, clone_tree, errno_words, file_system, open_path, set_attributes};
+use a3s_box_mount::{
+    Kind, Root, attach, clone_tree, clone_tree_at, errno_words, file_system, open_path, set_attributes,
+};
 use anyhow::{Context, Result, anyhow};
 use caps::{CapSet, Capability};
 use libseccomp::{ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, Uid, chownat, mknodat};
+use rustix::io::Errno;
 
 use tree::Export;
+
+use crate::userns;
 
 /// Paths inside the vmm's jail.
 pub const EXPORT: &str = "/export";
@@ -29,14 +35,17 @@ pub const RUN: &str = "/run";
 /// The vmm's future root, built while the host's is still there.
 pub struct Jail {
     root: OwnedFd,
+    /// Whether its device nodes were made for it.
+    pub has_own_nodes: bool,
 }
 
 impl Jail {
     /// Makes the root on `anchor`, a directory that it hides; the caller's mount namespace is its own.
-    /// `run` becomes [`RUN`], each of `devices` is bound at its own path.
-    pub fn build(anchor: &Path, run: &Path, devices: &[&str]) -> Result<Self> {
+    /// `run` becomes [`RUN`], each of `devices` is there at its own path: as the host's, or for a user namespace as a
+    /// node that belongs to its `owner`.
+    pub fn build(anchor: &Path, run: &Path, devices: &[&str], owner: Option<userns::Root>) -> Result<Self> {
         make_private()?;
-        let options = ["mode=0700".into(), "size=1m".into(), "nr_inodes=4096".into()];
+        let options = ["mode=0755".into(), "size=1m".into(), "nr_inodes=4096".into()];
         let base = file_system("tmpfs", "jail", &options, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV)?;
         let open =
             |path: &Path| open_path(path).map_err(|e| anyhow!("{}: {}", path.display(), errno_words(e)));
@@ -51,10 +60,18 @@ impl Jail {
         attach(run, root.place(Path::new(RUN), Kind::Directory)?)?;
         // libkrun reopens files by /proc/self/fd; no other part of procfs is needed or wanted.
         bind(&root, "/proc/self/fd", Kind::Directory)?;
-        for device in devices {
+        let nodes = match owner {
+            Some(owner) => own_nodes(&root, devices, owner)?,
+            None => None,
+        };
+        let has_own_nodes = nodes.is_some();
+        for (device, node) in devices.iter().zip(nodes.into_iter().flatten()) {
+            attach(node, root.place(Path::new(device), Kind::File)?).with_context(|| device.to_string())?;
+        }
+        for device in devices.iter().filter(|_| !has_own_nodes) {
             bind(&root, device, Kind::File)?;
         }
-        Ok(Jail { root: base })
+        Ok(Jail { root: base, has_own_nodes })
     }
 
     /// Attaches a container's mounts below the exported tree.
@@ -70,14 +87,39 @@ impl Jail {
     }
 
     /// Makes it the root, read-only, with nothing else of the host in reach.
-    pub fn enter(self) -> Result<()> {
+    pub fn enter(self) -> Result<Self> {
         nix::unistd::fchdir(&self.root).context("enter the jail's root")?;
         nix::unistd::pivot_root(".", ".").context("pivot_root")?;
         umount2(".", MntFlags::MNT_DETACH).context("detach the host's root")?;
         std::env::set_current_dir("/").context("enter the jail")?;
         let root = open_path(Path::new("/")).map_err(|e| anyhow!("open the jail's root: {e}"))?;
-        set_attributes(root, libc::MOUNT_ATTR_RDONLY, false)
+        set_attributes(root, libc::MOUNT_ATTR_RDONLY, false)?;
+        Ok(self)
     }
+}
+
+/// Nodes like the host's on a file system of their own, which no directory shows; `None` for a caller who may not make
+/// any, being in a user namespace already.
+fn own_nodes(root: &Root, devices: &[&str], owner: userns::Root) -> Result<Option<Vec<OwnedFd>>> {
+    let options = ["mode=0700".into(), "size=64k".into()];
+    let base = file_system("tmpfs", "devices", &options, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC)?;
+    // The kernel clones attached mounts only.
+    attach(&base, root.place(Path::new("dev"), Kind::Directory)?).context("device nodes")?;
+    let mut nodes = Vec::new();
+    for (name, device) in devices.iter().enumerate() {
+        let (name, mode) = (name.to_string(), Mode::from_raw_mode(0o600));
+        let number = rustix::fs::stat(*device).with_context(|| device.to_string())?.st_rdev;
+        match mknodat(&base, &*name, FileType::CharacterDevice, mode, number) {
+            Err(Errno::PERM) => break,
+            made => made.with_context(|| format!("make a node for {device}"))?,
+        }
+        let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+        chownat(&base, &*name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+            .context("give a node away")?;
+        nodes.push(clone_tree_at(&base, Path::new(&name), false)?);
+    }
+    umount2("dev", MntFlags::MNT_DETACH).context("hide the device nodes")?;
+    Ok((nodes.len() == devices.len()).then_some(nodes))
 }
 
 fn bind(root: &Root, path: &str, kind: Kind) -> Result<()> {
@@ -146,16 +188,22 @@ pub fn drop_privileges() -> Result<()> {
     Ok(())
 }
 
-/// What faithful virtiofs needs: any owner, mode and file capability, on behalf of any user, device nodes (which the
-/// jail's mounts make useless on the host).
+/// What faithful virtiofs needs, each because guests may do this to files of the root file system and its binds:
 const VMM: [Capability; 8] = [
+    // give files away
     Capability::CAP_CHOWN,
+    // reach what belongs to any of its users; its own kernel has checked who may
     Capability::CAP_DAC_OVERRIDE,
+    // change modes, times and attributes of files of any user
     Capability::CAP_FOWNER,
+    // keep set-id bits that its kernel did not mean to clear
     Capability::CAP_FSETID,
+    // make files as any of its groups and users
     Capability::CAP_SETGID,
     Capability::CAP_SETUID,
+    // install programs with file capabilities
     Capability::CAP_SETFCAP,
+    // make device nodes, which no mount of the jail lets anybody open
     Capability::CAP_MKNOD,
 ];
 

@@ -19,9 +19,10 @@ use super::idmap;
 use super::source::{self, MountTable, Opened};
 use crate::plan::mounts::Place;
 use crate::plan::{Bind, Tree};
+use crate::userns;
 
 /// What the VMM's process must never be able to do with a container's files, whatever the guest asks.
-const EXPORT: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
+pub const EXPORT: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
 
 const PROC: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 
@@ -57,8 +58,9 @@ pub struct Export {
 
 impl Sources {
     /// Makes missing mount points, then the detached mounts of the VM's view. The root file system comes first.
-    pub fn exports(&self, guest: &mut [Mount]) -> Result<Vec<Export>> {
-        self.make_places(guest)?;
+    /// Mount points that are made belong to `root`.
+    pub fn exports(&self, guest: &mut [Mount], root: Option<userns::Root>) -> Result<Vec<Export>> {
+        userns::as_root_of(root, || self.make_places(guest))?;
         let mut exports = Vec::new();
         let root = clone_tree(&self.rootfs, true).context("root.path")?;
         set_propagation(&root, libc::MS_PRIVATE | libc::MS_REC)?;

@@ -19,7 +19,8 @@ use std::path::{Path, PathBuf};
 
 use a3s_box_proto as proto;
 use anyhow::{Context, Result, bail};
-use oci_spec::runtime::{LinuxNamespaceType, LinuxPersonalityDomain, Spec};
+use nix::sched::CloneFlags;
+use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, LinuxPersonalityDomain, Spec};
 
 pub use hooks::Hooks;
 pub use host::Limits;
@@ -65,6 +66,34 @@ pub struct Namespaces {
     pub ipc: Namespace,
     /// `uts`
     pub uts: Namespace,
+    /// `user`
+    pub user: Namespace,
+    /// User ids of a new user namespace.
+    pub uids: Vec<IdMap>,
+    /// Group ids of a new user namespace.
+    pub gids: Vec<IdMap>,
+}
+
+impl Namespaces {
+    /// Those that belong to the user namespace: each with its flag and the kernel's name.
+    pub fn owned(&self) -> [(&Namespace, CloneFlags, &'static str); 3] {
+        [
+            (&self.network, CloneFlags::CLONE_NEWNET, "net"),
+            (&self.ipc, CloneFlags::CLONE_NEWIPC, "ipc"),
+            (&self.uts, CloneFlags::CLONE_NEWUTS, "uts"),
+        ]
+    }
+}
+
+/// A range of ids that are others outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdMap {
+    /// The first, as the container sees it.
+    pub inside: u32,
+    /// The first, as its creator sees it.
+    pub outside: u32,
+    /// How many.
+    pub count: u32,
 }
 
 /// Plans a container. `rootfs` is the absolute path of its root file system on the host.
@@ -99,6 +128,7 @@ pub fn plan(id: &str, spec: &Spec, machine: &Machine, rootfs: &Path, bundle: &Pa
         process: process::plan(process)?,
         hooks: hooks.start_container.clone(),
         state: hooks::state(spec.version(), id, bundle, &annotations),
+        user: None,
     };
     let vm = vm::plan(spec, machine)?;
     let limits = host::bounds(vm.memory_mib).and(resources.map_or(Ok(Limits::default()), host::limits)?);
@@ -137,6 +167,7 @@ fn namespaces(spec: &Spec) -> Result<Namespaces> {
             LinuxNamespaceType::Network => found.network = wanted,
             LinuxNamespaceType::Ipc => found.ipc = wanted,
             LinuxNamespaceType::Uts => found.uts = wanted,
+            LinuxNamespaceType::User => found.user = wanted,
             // The guest makes these of its own for every container.
             LinuxNamespaceType::Pid
             | LinuxNamespaceType::Mount
@@ -148,6 +179,7 @@ fn namespaces(spec: &Spec) -> Result<Namespaces> {
             kind => bail!("linux.namespaces: {} by path is not supported", word(kind)),
         }
     }
+    map_ids(spec, &mut found)?;
     if found.network == Namespace::Inherit {
         bail!("linux.namespaces: there is no network namespace, and the host's network is not supported");
     }
@@ -192,6 +224,30 @@ fn personality(spec: &Spec) -> Result<Option<u32>> {
         LinuxPersonalityDomain::PerLinux => 0,
         LinuxPersonalityDomain::PerLinux32 => LINUX32,
     }))
+}
+
+fn map_ids(spec: &Spec, found: &mut Namespaces) -> Result<()> {
+    let linux = spec.linux().as_ref();
+    let map = |list: Option<&Vec<LinuxIdMapping>>| -> Vec<IdMap> {
+        let given = list.into_iter().flatten().filter(|map| map.size() > 0);
+        given
+            .map(|map| IdMap { inside: map.container_id(), outside: map.host_id(), count: map.size() })
+            .collect()
+    };
+    found.uids = map(linux.and_then(|linux| linux.uid_mappings().as_ref()));
+    found.gids = map(linux.and_then(|linux| linux.gid_mappings().as_ref()));
+    for (field, map) in [("uidMappings", &found.uids), ("gidMappings", &found.gids)] {
+        match found.user {
+            Namespace::New if map.is_empty() => {
+                bail!("linux.{field}: there are none, which the user namespace in linux.namespaces needs")
+            }
+            Namespace::Inherit if !map.is_empty() => {
+                bail!("linux.{field}: {map:?} without a user namespace in linux.namespaces")
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// config.json's word for a namespace, which the type shows only when it is serialized.

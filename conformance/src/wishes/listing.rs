@@ -90,7 +90,7 @@ fn features(world: &'static World) -> Result<()> {
         "no mount options"
     );
     let namespaces = document["linux"]["namespaces"].as_array().context("no namespaces")?;
-    ensure!(namespaces.contains(&json!("pid")), "{namespaces:?}");
+    ensure!(["pid", "user"].iter().all(|name| namespaces.contains(&json!(name))), "{namespaces:?}");
     let known = |name: &str| name.starts_with("CAP_") && !name.starts_with("CAP_CAP_");
     let capabilities = document["linux"]["capabilities"].as_array().context("no capabilities")?;
     ensure!(capabilities.iter().all(|name| name.as_str().is_some_and(known)), "{capabilities:?}");

@@ -32,6 +32,7 @@ mod streams;
 mod systemd;
 mod terminal;
 mod update;
+mod users;
 
 use crate::cases::{At, Case, sharing};
 
@@ -79,6 +80,7 @@ pub fn all() -> Vec<Case> {
             hostile::cases(),
             jail::cases(),
             hostile_rootfs::cases(),
+            users::cases(),
             machine::cases(),
             chaos::cases(),
         ]

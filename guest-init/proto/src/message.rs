@@ -122,6 +122,8 @@ pub struct Container {
     pub seccomp: Option<Seccomp>,
     /// The container's first process.
     pub process: Process,
+    /// Its user namespace, if it has one of its own.
+    pub user: Option<UserNamespace>,
     /// `startContainer` hooks: run before the first process's program, by that process, as its user.
     pub hooks: Vec<Hook>,
     /// The container's state for them, but for the pid.
@@ -183,6 +185,16 @@ pub struct Device {
     pub gid: u32,
     /// Whether it is left out, rather than an error, where the guest kernel has no such device.
     pub optional: bool,
+}
+
+/// Ids that exist in a user namespace. Virtiofs and the host's mapping made them what they are; the guest keeps them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UserNamespace {
+    /// Ranges of user ids: the first and how many.
+    pub uids: Vec<(u32, u32)>,
+    /// Ranges of group ids.
+    pub gids: Vec<(u32, u32)>,
 }
 
 /// A process as the guest starts it: config.json's, checked and in the kernel's own terms.
@@ -495,6 +507,7 @@ mod tests {
             process: process(),
             hooks: vec![Hook { path: "/bin/hook".into(), env: Some(vec![]), ..Hook::default() }],
             state: serde_json::json!({ "id": "c1", "annotations": { "a": "b" } }),
+            user: Some(UserNamespace { uids: vec![(0, 65_536)], gids: vec![(0, 1000), (2000, 1)] }),
         }
     }
 

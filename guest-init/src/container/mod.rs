@@ -5,6 +5,7 @@
 
 mod device_filter;
 mod limits;
+mod user;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -24,10 +25,10 @@ use crate::process::{Pipes, Side, arrange, become_workload, fork, leave, words};
 use crate::stdio::{self, Stdio};
 use crate::terminal::{self, Terminal};
 use limits::Cgroup;
+use user::User;
 
-/// Namespaces that every container has of its own.
-const NAMESPACES: libc::c_int =
-    libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+/// Namespaces that every container has of its own, besides those that may belong to a user namespace.
+const NAMESPACES: libc::c_int = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
 
 /// How far a container has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +59,8 @@ pub struct Container {
     /// Held until the container is forgotten. If its last process took the namespace along, virtiofs submounts would
     /// go while their files' releases are still under way, and the guest kernel stops at "Busy inodes after unmount".
     mounts: Option<File>,
+    /// Its user namespace, where it has one.
+    user: Option<OwnedFd>,
 }
 
 /// A process just cloned: who it is, its streams, and the pipe on which it tells how it goes.
@@ -76,11 +79,16 @@ pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
     let (stdio, ends) = stdio::of(&spec.process)?;
     let (status, child_status) = status()?;
     let (child_gate, gate) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
-    let pid = match fork(NAMESPACES)? {
+    let user = spec.user.as_ref().map(User::create).transpose()?;
+    let namespaces = if user.is_some() { NAMESPACES } else { NAMESPACES | user::OWNED };
+    let child_user = user.as_ref().map(|user| user.fd.try_clone()).transpose().context("user namespace")?;
+    let pid = match fork(namespaces)? {
         Side::Parent(pid) => pid,
         Side::Child => {
-            let story = arrange(ends, Pipes { status: child_status, gate: Some(child_gate) });
-            match build(spec, &cgroup) {
+            let entered = user.as_ref().map_or(Ok(()), User::enter_owned);
+            let pipes = Pipes { status: child_status, gate: Some(child_gate), user: child_user };
+            let story = arrange(ends, pipes);
+            match entered.and_then(|()| build(spec, &cgroup)) {
                 Ok(terminal) => become_workload(
                     &spec.process,
                     terminal,
@@ -102,6 +110,7 @@ pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
         own_time: spec.time_offsets.is_some(),
         personality: spec.personality,
         mounts: File::open(format!("/proc/{pid}/ns/mnt")).ok(),
+        user: user.map(|user| user.fd),
     };
     Ok((container, Born { pid, stdio, status }))
 }
@@ -172,9 +181,9 @@ impl Container {
                 .doors(cgroup, self.init)
                 .and_then(|doors| Ok((doors, self.enter()?, fork(libc::CLONE_PARENT)?)))
             {
-                Ok((doors, (), Side::Child)) => {
+                Ok((doors, user, Side::Child)) => {
                     let joined = limits::join(&doors).and_then(|()| set_personality(self.personality));
-                    let story = arrange(ends, Pipes { status: child_status, gate: None });
+                    let story = arrange(ends, Pipes { status: child_status, gate: None, user });
                     match joined.and_then(|()| terminal::of(process)) {
                         Ok(terminal) => {
                             become_workload(process, terminal, self.seccomp.as_ref(), story, None)
@@ -182,7 +191,7 @@ impl Container {
                         Err(error) => story.fail(&error),
                     }
                 }
-                Ok((_, (), Side::Parent(pid))) => {
+                Ok((_, _, Side::Parent(pid))) => {
                     let told = nix::unistd::write(&pid_out, &pid.as_raw().to_ne_bytes());
                     leave(i32::from(told.is_err()))
                 }
@@ -201,7 +210,9 @@ impl Container {
         }
     }
 
-    fn enter(&self) -> Result<()> {
+    /// Enters all but the user namespace, which comes last and is handed back.
+    fn enter(&self) -> Result<Option<OwnedFd>> {
+        let user = self.user.as_ref().map(OwnedFd::try_clone).transpose().context("user namespace")?;
         let mut namespaces = CloneFlags::CLONE_NEWPID
             | CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWNET
@@ -211,7 +222,8 @@ impl Container {
         if self.own_time {
             namespaces |= CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
         }
-        setns(&self.pidfd, namespaces).context("enter the container's namespaces")
+        setns(&self.pidfd, namespaces).context("enter the container's namespaces")?;
+        Ok(user)
     }
 
     /// Sends a signal to every process of the container.
