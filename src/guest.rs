@@ -204,4 +204,52 @@ mod tests {
         let text = Connection::greet(ours, Duration::from_secs(1)).err().unwrap().to_string();
         assert!(text.contains("version 99"), "{text}");
     }
+
+    /// What a caller is told by a guest that greets well and then answers a request with these bytes, over and over.
+    fn answered_with(bytes: Vec<u8>, pause: Duration) -> String {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let peer = std::thread::spawn(move || {
+            let greeting = Greeting { version: proto::VERSION, kernel: "k".into(), uptime_us: 0 };
+            let mut first = Vec::new();
+            pack(&Reply::Greeting(greeting)).unwrap().encode(&mut first);
+            theirs.write_all(&first).unwrap();
+            while !bytes.is_empty() && theirs.write_all(&bytes).is_ok() {
+                std::thread::sleep(pause);
+            }
+        });
+        let mut connection = Connection::greet(ours, Duration::from_secs(5)).unwrap();
+        let begin = Instant::now();
+        let result = connection.call(&Request::Acknowledge, Duration::from_millis(500));
+        assert!(begin.elapsed() < Duration::from_secs(5));
+        drop(connection);
+        peer.join().unwrap();
+        crate::log::sentence(&result.unwrap_err())
+    }
+
+    #[test]
+    fn a_hostile_guest_ends_its_own_connection_and_harms_nobody() {
+        let framed = |frame: Frame| {
+            let mut bytes = Vec::new();
+            frame.encode(&mut bytes);
+            bytes
+        };
+        let flood = Frame::Data(proto::Stream::Stdout, vec![b'x'; 1000]);
+        let trick = Frame::Message(b"{\"\x1b[2Jno\\u001b[2Jreply\":1}".to_vec());
+        let nested = Frame::Message([&[b'['; 100_000][..], b"1"].concat());
+        for (bytes, pause, words) in [
+            (vec![0xff, 0xff, 0xff, 0xff, 1], 0, "over the limit"),
+            (vec![1, 0, 0, 0, 99], 0, "unknown frame kind"),
+            (vec![0; 64], 0, "frame"),
+            (framed(flood), 0, "too much output"),
+            (framed(trick), 0, "not understood"),
+            (framed(nested), 0, "not understood"),
+            (framed(Frame::Message(b"{}".to_vec()))[..5].to_vec(), 20, "the guest's answer"),
+            (Vec::new(), 0, "the guest"),
+        ] {
+            let shown = format!("{:?}", &bytes[..bytes.len().min(20)]);
+            let said = answered_with(bytes, Duration::from_millis(pause));
+            assert!(said.contains(words), "{shown}: {said}");
+            assert!(!said.contains('\x1b') && said.len() < 3000, "{shown}: {said:?}");
+        }
+    }
 }

@@ -3,6 +3,8 @@
 //! The vmm's root holds the exported tree, its own socket directory and the few nodes that libkrun opens; a guest that
 //! breaks out lands there. Monitors and exec relays give up every privilege before the first byte from a guest.
 
+#[cfg(test)]
+mod attack;
 mod idmap;
 pub mod landlock;
 pub mod seccomp;
