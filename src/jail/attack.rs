@@ -147,7 +147,7 @@ fn enter_jail(host: &Host) -> OwnedFd {
     jail.attach(vec![Export { place: PLACE.into(), is_dir: true, mount }]).unwrap();
     jail.enter().unwrap();
     confine_vmm().unwrap();
-    landlock::confine(&[], None::<OwnedFd>).unwrap();
+    landlock::confine(&[], &[] as &[OwnedFd]).unwrap();
     let tree = open_tree(&Path::new(EXPORT).join(PLACE));
     filter.load().unwrap();
     tree
