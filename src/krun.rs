@@ -78,6 +78,10 @@ pub struct Devices<'a> {
     pub control_socket: &'a Path,
     /// The vsock port on which guest-init accepts them.
     pub control_port: u32,
+    /// Taps of the NICs, in their order; names shorter than 16 bytes, which libkrun does not check.
+    pub taps: &'a [String],
+    /// Whether the guest's IP sockets are made on the host.
+    pub tsi: bool,
 }
 
 /// The guest kernel's library, as `check` shows it.
@@ -125,7 +129,10 @@ pub fn prepare(vm: &plan::Vm) -> anyhow::Result<Machine> {
 /// Adds the devices and runs the VM. Returns only if it could not be started.
 pub fn enter(machine: Machine, devices: &Devices) -> anyhow::Error {
     let kernel = machine.kernel.iter().try_for_each(|kernel| set_kernel(machine.context, kernel));
-    if let Err(error) = kernel.and_then(|()| attach(machine.context, devices)) {
+    let attached = kernel
+        .and_then(|()| attach(machine.context, devices))
+        .and_then(|()| connect(machine.context, devices));
+    if let Err(error) = attached {
         return error;
     }
     align_next_mapping(machine.memory.min(DEVICE_GAP));
@@ -137,17 +144,10 @@ pub fn enter(machine: Machine, devices: &Devices) -> anyhow::Error {
     }
 }
 
-/// Gives the context its four devices: root file system, guest-init, console, vsock with the control port.
+/// Gives the context what every VM has: root file system, guest-init, console.
 fn attach(context: u32, devices: &Devices) -> anyhow::Result<()> {
     let export = c_path(devices.export)?;
     let console = c_path(devices.console)?;
-    let socket = c_path(devices.control_socket)?;
-    if socket.as_bytes().len() > SOCKET_PATH_MAX {
-        bail!(
-            "control socket {}: path longer than {SOCKET_PATH_MAX} bytes",
-            devices.control_socket.display()
-        );
-    }
     // No DAX window: the root is never mounted with it, and it would only cost address space.
     // SAFETY: both strings live through the call, which copies them.
     let status = unsafe { ffi::krun_add_virtiofs3(context, ROOT_TAG.as_ptr(), export.as_ptr(), 0, false) };
@@ -162,17 +162,44 @@ fn attach(context: u32, devices: &Devices) -> anyhow::Result<()> {
     // A path of our own also keeps libkrun away from stdin, terminals and SIGINT.
     // SAFETY: the string lives through the call, which copies it.
     let status = unsafe { ffi::krun_set_console_output(context, console.as_ptr()) };
-    check(status, "set the console output")?;
+    check(status, "set the console output").map(drop)
+}
+
+/// Gives the context vsock with the control port, and the network.
+fn connect(context: u32, devices: &Devices) -> anyhow::Result<()> {
+    const HIJACK_INET: u32 = 1;
+    let socket = c_path(devices.control_socket)?;
+    if socket.as_bytes().len() > SOCKET_PATH_MAX {
+        bail!(
+            "control socket {}: path longer than {SOCKET_PATH_MAX} bytes",
+            devices.control_socket.display()
+        );
+    }
     // The implicit vsock device would hijack the guest's sockets (TSI) where there is no NIC.
     // SAFETY: plain numbers about a context that exists.
     let status = unsafe { ffi::krun_disable_implicit_vsock(context) };
     check(status, "disable the implicit vsock device")?;
-    // SAFETY: as above; no TSI feature.
-    let status = unsafe { ffi::krun_add_vsock(context, 0) };
+    // Never Unix sockets: paths of the jail's are none of the guest's business.
+    let hijacked = if devices.tsi { HIJACK_INET } else { 0 };
+    // SAFETY: as above.
+    let status = unsafe { ffi::krun_add_vsock(context, hijacked) };
     check(status, "add the vsock device")?;
     // SAFETY: the string lives through the call, which copies it; `true` means that the host dials.
     let status = unsafe { ffi::krun_add_vsock_port2(context, devices.control_port, socket.as_ptr(), true) };
-    check(status, "map the control port").map(drop)
+    check(status, "map the control port")?;
+    (0..).zip(devices.taps).try_for_each(|(slot, tap)| add_nic(context, slot, tap))
+}
+
+/// Gives the context a NIC on its tap, with checksums and segmentation left to whoever comes last.
+fn add_nic(context: u32, slot: u8, tap: &str) -> anyhow::Result<()> {
+    // linux/virtio_net.h: CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6.
+    const FEATURES: u32 = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12;
+    let name = CString::new(tap)?;
+    // Never on the wire: the NIC is down until it takes an interface's own.
+    let mac = [2, 0xa3, 0x5b, 0, 0, slot];
+    // SAFETY: a string and six bytes that live through the call, which copies them.
+    let status = unsafe { ffi::krun_add_net_tap(context, name.as_ptr(), mac.as_ptr(), FEATURES, 0) };
+    check(status, "add a NIC").map(drop)
 }
 
 /// What libkrun is to load instead of mapping libkrunfw's own pages.

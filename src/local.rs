@@ -45,6 +45,12 @@ pub struct Devices<'a> {
     /// Without meaning where there is no vsock.
     #[allow(dead_code, reason = "the VM has it")]
     pub control_port: u32,
+    /// It has no NICs.
+    #[allow(dead_code, reason = "the VM has them")]
+    pub taps: &'a [String],
+    /// Its sockets are its own.
+    #[allow(dead_code, reason = "the VM has it")]
+    pub tsi: bool,
 }
 
 /// No guest kernel is involved.

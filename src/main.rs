@@ -21,6 +21,7 @@ mod krun;
 mod local;
 mod log;
 mod monitor;
+mod net;
 mod plan;
 mod proxy;
 mod relay;

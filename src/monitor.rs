@@ -32,6 +32,7 @@ use crate::guest::{self, Connection, NotReady};
 use crate::hooks;
 use crate::jail::{self, tree};
 use crate::log::sentence;
+use crate::net;
 use crate::plan::{Namespace, Plan};
 use crate::relay::{self, Post, Vm, VmDied};
 use crate::store::VM_DIR;
@@ -85,12 +86,12 @@ pub struct Handle {
     channel: OwnedFd,
 }
 
-/// Clones a monitor, which waits to be told to go on. `dir` is the container's directory, `slave` the other end of a
-/// pty that takes the place of the caller's streams.
-pub fn spawn(mut plan: Plan, dir: &Path, slave: Option<OwnedFd>) -> Result<Handle> {
+/// Clones a monitor, which waits to be told to go on. `network` is the network namespace to join, `dir` the container's
+/// directory, `slave` the other end of a pty that takes the place of the caller's streams.
+pub fn spawn(mut plan: Plan, network: Option<File>, dir: &Path, slave: Option<OwnedFd>) -> Result<Handle> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .context("socketpair")?;
-    let mut joined = Joined::open(&plan)?;
+    let mut joined = Joined::open(&plan, network)?;
     let mut user = UserNamespace::open(&plan.namespaces)?;
     let mut flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
     match &mut user {
@@ -125,19 +126,18 @@ type Opened = (Joined, Option<UserNamespace>);
 struct Joined(Vec<(CloneFlags, OwnedFd, String)>);
 
 impl Joined {
-    fn open(plan: &Plan) -> Result<Self> {
+    fn open(plan: &Plan, network: Option<File>) -> Result<Self> {
         let mut joined = Vec::new();
+        if let (Some(file), Namespace::Join(path)) = (network, &plan.namespaces.network) {
+            joined.push((CloneFlags::CLONE_NEWNET, file.into(), net::shown(path)));
+        }
         for (namespace, name, flag) in [
-            (&plan.namespaces.network, "network", CloneFlags::CLONE_NEWNET),
             (&plan.namespaces.ipc, "ipc", CloneFlags::CLONE_NEWIPC),
             (&plan.namespaces.uts, "uts", CloneFlags::CLONE_NEWUTS),
         ] {
             let Namespace::Join(path) = namespace else { continue };
             let shown = format!("linux.namespaces: join {name} namespace {}", path.display());
             let fd = File::open(path).context(shown.clone())?;
-            if name == "network" && [1, std::process::id()].iter().any(|pid| is_network_of(&fd, *pid)) {
-                bail!("{shown}: it is the host's, and the host's network is not supported");
-            }
             joined.push((flag, fd.into(), shown));
         }
         Ok(Joined(joined))
@@ -149,12 +149,6 @@ impl Joined {
         }
         Ok(())
     }
-}
-
-fn is_network_of(fd: &File, pid: u32) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let other = std::fs::metadata(format!("/proc/{pid}/ns/net"));
-    fd.metadata().ok().zip(other.ok()).is_some_and(|(a, b)| (a.dev(), a.ino()) == (b.dev(), b.ino()))
 }
 
 impl Handle {
@@ -320,6 +314,7 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> R
     let console = Console::create(&vm_dir, root)?;
     let vmm = vmm::spawn(&plan.vm, &vm_dir, dir, user.as_ref())?;
     reporter.send(&Report::Vmm, Some(vmm.pidfd()));
+    net::prepare(&plan.vm.network, root)?;
     let (rootfs, hooked) = (plan.tree.rootfs.clone(), plan.hooks.any_at_create());
     let sources = tree::open(plan.tree, &mut plan.guest)?;
     let exports = sources.exports(&mut plan.guest.mounts, root)?;

@@ -18,6 +18,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
+use crate::net;
 use crate::plan::Hooks;
 use crate::vmm;
 
@@ -60,6 +61,9 @@ pub struct Record {
     /// Its hooks: config.json may be another by the time they run.
     #[serde(default)]
     pub hooks: Hooks,
+    /// What it has in its network namespace.
+    #[serde(default)]
+    pub network: Option<net::Site>,
     /// User that owns it.
     pub owner: u32,
 }
@@ -322,6 +326,12 @@ impl Entry {
     pub fn make_vm_dir(&self) -> Result<OwnedFd> {
         let path = self.dir.join(VM_DIR);
         DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("make {}", path.display()))?;
+        self.open_vm_dir()
+    }
+
+    /// The VM's directory.
+    pub fn open_vm_dir(&self) -> Result<OwnedFd> {
+        let path = self.dir.join(VM_DIR);
         Ok(File::open(&path).with_context(|| format!("open {}", path.display()))?.into())
     }
 

@@ -31,13 +31,17 @@ use crate::jail::seccomp::Filter;
 use crate::jail::tree::Export;
 use crate::jail::{self, Jail};
 use crate::log::sentence;
-use crate::plan::Vm;
+use crate::net;
+use crate::plan::{self, Vm, vm::Network};
 use crate::userns::{self, Root, UserNamespace};
 
 #[cfg(not(feature = "local-guest"))]
 use crate::krun;
 #[cfg(feature = "local-guest")]
 use crate::local as krun;
+
+/// NICs that a VM can have; the stand-in for tests has none.
+pub const MOST_NICS: u8 = if cfg!(feature = "local-guest") { 0 } else { plan::network::MOST_NICS };
 
 /// The name of the VMM's process; engines' `ps` shows it.
 pub const NAME: &str = "a3s-box-vmm";
@@ -229,8 +233,11 @@ pub fn close_nodes(pid: i32) -> Result<()> {
     match unsafe { nix::unistd::fork() }.context("fork")? {
         nix::unistd::ForkResult::Child => {
             let detach = |node: &&str| umount2(*node, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-            let done =
-                setns(&pidfd, CloneFlags::CLONE_NEWNS).and_then(|()| NODES.iter().try_for_each(detach));
+            let done = setns(&pidfd, CloneFlags::CLONE_NEWNS).and_then(|()| {
+                // Only a VM with NICs has this one.
+                let _ = detach(&net::NODE);
+                NODES.iter().try_for_each(detach)
+            });
             quit(done.err().map_or(0, |errno| errno as i32))
         }
         nix::unistd::ForkResult::Parent { child } => match waitpid(child, None).context("wait")? {
@@ -283,6 +290,7 @@ fn quit(status: i32) -> ! {
 
 struct Stage {
     machine: krun::Machine,
+    network: Network,
     filter: Option<Filter>,
 }
 
@@ -292,6 +300,10 @@ impl Stage {
             return error;
         }
         let run = Path::new(jail::RUN);
+        let taps: Vec<_> = match self.network {
+            Network::Tap(nics) => (0..nics).map(net::name).collect(),
+            Network::None | Network::Tsi => Vec::new(),
+        };
         krun::enter(
             self.machine,
             &krun::Devices {
@@ -300,6 +312,8 @@ impl Stage {
                 console: &run.join(console::FIFO),
                 control_socket: &run.join(SOCKET),
                 control_port: a3s_box_proto::CONTROL_PORT,
+                taps: &taps,
+                tsi: self.network == Network::Tsi,
             },
         )
     }
@@ -312,9 +326,13 @@ fn run(channel: &OwnedFd) -> Result<Stage> {
         bail!("out of turn: no Prepare")
     };
     let machine = krun::prepare(&vm)?;
-    let jail = Jail::build(&anchor, &dir, NODES, root)?;
+    let mut nodes = NODES.to_vec();
+    if matches!(vm.network, Network::Tap(_)) {
+        nodes.push(net::NODE);
+    }
+    let jail = Jail::build(&anchor, &dir, &nodes, root)?;
     // While the monitor puts the tree together.
-    let filter = if CONFINED { Some(Filter::compile()?) } else { None };
+    let filter = if CONFINED { Some(Filter::compile(vm.network)?) } else { None };
     loop {
         match receive(channel)? {
             (Order::Attach(places), fds) if places.len() == fds.len() => {
@@ -333,9 +351,9 @@ fn run(channel: &OwnedFd) -> Result<Stage> {
             die_with_parent()?;
         }
         jail::confine_vmm()?;
-        jail::landlock::confine(NODES, &machine.files())?;
+        jail::landlock::confine(&nodes, &machine.files())?;
     }
-    Ok(Stage { machine, filter })
+    Ok(Stage { machine, network: vm.network, filter })
 }
 
 fn receive(channel: &OwnedFd) -> Result<(Order, Vec<OwnedFd>)> {

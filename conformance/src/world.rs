@@ -58,6 +58,12 @@ impl World {
             tag,
         };
         copy_tree(&world.original, &world.busybox)?;
+        if world.is_vm() {
+            // Elsewhere udev's static nodes load it.
+            let mut tun = Command::new("modprobe");
+            tun.arg("tun");
+            let _ = process::run(tun, b"", Duration::from_secs(20));
+        }
         Ok(world)
     }
 

@@ -8,6 +8,8 @@
 //! - [`terminal`]: a pty instead of them.
 //! - [`container`]: one container: its processes, state and cgroup.
 //! - [`devices`]: special files of a container.
+//! - [`net`]: NICs of the VM that become a container's interfaces.
+//! - [`resolver`]: names at 127.0.0.11, from the host's network namespace.
 //! - [`rootfs`]: mounts of a container, in its own mount namespace.
 //! - [`process`]: from clone to execve; [`seccomp`]: the filter on its way.
 //! - [`reap`]: exits, and when they may be told.
@@ -20,8 +22,10 @@ mod boot;
 mod connection;
 mod container;
 mod devices;
+mod net;
 mod process;
 mod reap;
+mod resolver;
 mod rootfs;
 mod seccomp;
 mod serve;

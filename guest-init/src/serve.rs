@@ -6,10 +6,9 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::path::Path;
 
 use a3s_box_proto::{
-    self as proto, Frame, Greeting, Outcome, Process, Reply, Request, Size, Stream, Target, unpack,
+    self as proto, Frame, Greeting, Nic, Outcome, Reply, Request, Setting, Size, Stream, Target, unpack,
 };
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -21,8 +20,10 @@ use nix::unistd::Pid;
 
 use crate::boot;
 use crate::connection::Connection;
-use crate::container::{self, Container, State};
+use crate::container::{self, Born, Container, State};
+use crate::net;
 use crate::reap::{self, Child, Progress, Role};
+use crate::resolver;
 
 struct Server {
     connections: HashMap<u64, Connection>,
@@ -223,7 +224,16 @@ impl Server {
         match request {
             Request::Create(spec) => self.create(id, &spec),
             Request::Start { container } => self.start(id, &container),
-            Request::Exec { container, process, cgroup } => self.exec(id, &container, &process, &cgroup),
+            Request::Plug { container, nics, settings } => Some(self.plug(&container, &nics, &settings)),
+            Request::Dial { container, address } => {
+                self.bear(id, &container, |container| net::dial(container.init, address))
+            }
+            Request::Resolve { container } => {
+                self.bear(id, &container, |container| resolver::serve(container.init))
+            }
+            Request::Exec { container, process, cgroup } => {
+                self.bear(id, &container, |container| container.exec(&process, &cgroup))
+            }
             Request::Signal { container, signal, target } => {
                 Some(self.signal(id, &container, signal, target))
             }
@@ -298,7 +308,24 @@ impl Server {
         None
     }
 
-    fn exec(&mut self, id: u64, name: &str, process: &Process, cgroup: &Path) -> Option<Outcome> {
+    fn plug(&self, name: &str, nics: &[Nic], settings: &[Setting]) -> Outcome {
+        match self.containers.get(name) {
+            None => Outcome::NotFound,
+            Some(container) if container.state == State::Stopped => Outcome::AlreadyExited,
+            Some(container) => match net::plug(container.init, nics, settings) {
+                Ok(()) => Outcome::Done,
+                Err(error) => Outcome::Failed { text: format!("{error:#}") },
+            },
+        }
+    }
+
+    /// Adds a process that the connection owns.
+    fn bear(
+        &mut self,
+        id: u64,
+        name: &str,
+        clone: impl FnOnce(&Container) -> Result<Born>,
+    ) -> Option<Outcome> {
         if self.is_owner(id) {
             return Some(Outcome::Busy { reason: "the connection owns a process already".into() });
         }
@@ -310,7 +337,7 @@ impl Server {
             }
             State::Created | State::Running => {}
         }
-        match container.exec(process, cgroup) {
+        match clone(container) {
             Ok(born) => {
                 let (pid, child) = Child::new(born, name, Role::Exec, id);
                 self.own(id, pid, child);

@@ -52,7 +52,7 @@ pub fn of(process: &Process) -> Result<(Stdio, Ends)> {
 }
 
 /// Makes three pipes.
-fn pipes() -> Result<(Stdio, Ends)> {
+pub fn pipes() -> Result<(Stdio, Ends)> {
     let (stdin_child, stdin) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
     let (stdout, stdout_child) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
     let (stderr, stderr_child) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;

@@ -1,5 +1,6 @@
 //! `create`: a booted VM, a container built in it, its process waiting for `start`.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -13,6 +14,7 @@ use crate::cgroup::Cgroup;
 use crate::cli;
 use crate::hooks;
 use crate::monitor::{self, Handle, Report};
+use crate::net;
 use crate::plan::{self, Hooks, Limits, Plan, Vm, cgroup::Place};
 use crate::relay;
 use crate::store::{Entry, ProcessId, Record};
@@ -66,6 +68,8 @@ impl Drop for Born<'_> {
             handle.kill();
         }
         self.record.cgroup.remove();
+        // What went wrong before is what the caller is told.
+        let _ = self.record.network.as_ref().map(net::clean);
         if let Some(path) = self.pid_file {
             let _ = std::fs::remove_file(path);
         }
@@ -95,8 +99,9 @@ pub fn birth<'a>(
     let pty = super::terminal(&mut plan.guest.process, detached, &args.engine)?;
     crate::vmm::usable()?;
     context.log.debug(&format!("planned: {} vCPUs, {} MiB", plan.vm.vcpus, plan.vm.memory_mib));
+    let (namespace, network) = net::choose(&mut plan)?;
     let entry = context.store.create(&args.id)?;
-    let record = record(&args.id, &bundle, &plan.vm, plan.hooks.clone())?;
+    let record = Record { network, ..record(&args.id, &bundle, &plan.vm, plan.hooks.clone())? };
     let has_terminal = plan.guest.process.terminal.is_some();
     let mut born = Born { context, record, handle: None, pid_file: None, has_terminal, entry: Some(entry) };
     if let Some(place) = &place {
@@ -105,7 +110,7 @@ pub fn birth<'a>(
     born.save()?;
     let (early, late) = std::mem::take(&mut plan.limits).split();
     let seat = place.as_ref().map(|place| (place, &early));
-    raise(context, &mut born, plan, seat, signals, pty.as_ref())?;
+    raise(context, &mut born, plan, namespace, seat, signals, pty.as_ref())?;
     let _ = born.record.cgroup.limit(&late)?;
     born.record.ready = true;
     born.save()?;
@@ -139,6 +144,7 @@ fn record(id: &str, bundle: &Bundle, vm: &Vm, hooks: Hooks) -> Result<Record> {
         started: false,
         cgroup: Cgroup::default(),
         hooks,
+        network: None,
         owner: nix::unistd::geteuid().as_raw(),
     })
 }
@@ -158,6 +164,7 @@ fn raise(
     context: &Context,
     born: &mut Born,
     plan: Plan,
+    namespace: Option<File>,
     place: Option<(&Place, &Limits)>,
     signals: Option<&SignalFd>,
     pty: Option<&Pty>,
@@ -165,7 +172,7 @@ fn raise(
     let entry = born.entry.as_ref().context("the container's directory")?;
     entry.make_vm_dir()?;
     let slave = pty.map(|pty| pty.slave.try_clone()).transpose().context("terminal")?;
-    let handle = monitor::spawn(plan, entry.dir(), slave)?;
+    let handle = monitor::spawn(plan, namespace, entry.dir(), slave)?;
     context.log.debug("monitor cloned");
     born.record.monitor = ProcessId::of(handle.pid);
     let handle = born.handle.insert(handle);

@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 use super::Context;
 use crate::cli;
 use crate::hooks;
+use crate::net;
 use crate::store::{Entry, Error, Record, Status};
 use crate::vmm;
 
@@ -59,9 +60,10 @@ pub fn remove(context: &Context, entry: Entry, record: &Record) -> Result<()> {
     kill(record)?;
     record.cgroup.kill();
     record.cgroup.remove();
+    let cleaned = record.network.as_ref().map_or(Ok(()), net::clean);
     entry.remove()?;
     hooks::poststop(record, &context.log);
-    Ok(())
+    cleaned
 }
 
 /// Ends the monitor, and its VM with it.

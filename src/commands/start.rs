@@ -10,7 +10,9 @@ use super::Context;
 use crate::guest::{self, Connection};
 use crate::hooks;
 use crate::monitor::{self, End};
+use crate::net::{self, localhost};
 use crate::store::{Entry, Record, Status, VM_DIR};
+use crate::vmm;
 use a3s_box_proto::{Outcome, Request};
 
 /// How long the end of a container may take once its guest has stopped answering.
@@ -53,6 +55,7 @@ fn startable(record: &Record) -> Result<()> {
 pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
     startable(record)?;
     let mut connection = connect(entry.dir(), record, guest::ANSWER)?;
+    plug(entry, record, &mut connection)?;
     let answer = connection.call(&Request::Start { container: record.id.clone() }, patience(record));
     match answer.or_else(|error| if ended(entry, record) { Ok(Outcome::Done) } else { Err(error) })? {
         Outcome::Done => {}
@@ -73,6 +76,27 @@ fn patience(record: &Record) -> Duration {
     hooks.fold(guest::ANSWER, |sum, hook| {
         sum.saturating_add(Duration::from_secs(hook.timeout.unwrap_or(FOR_EVER).min(FOR_EVER)))
     })
+}
+
+/// Gives the container's NICs the places of the interfaces that its network namespace has by now.
+fn plug(entry: &Entry, record: &mut Record, connection: &mut Connection) -> Result<()> {
+    let (Some(mut site), Some(monitor)) = (record.network.clone(), record.monitor) else { return Ok(()) };
+    let note = |site: &net::Site| {
+        record.network = Some(site.clone());
+        entry.save(record)
+    };
+    let Some((nics, settings)) = net::plug(&mut site, monitor, note)? else { return Ok(()) };
+    let request = Request::Plug { container: record.id.clone(), nics, settings };
+    match connection.call(&request, guest::ANSWER)? {
+        Outcome::Done => localhost::spawn(&localhost::Place {
+            id: &record.id,
+            monitor: vmm::pidfd_open(monitor.pid)?,
+            vm_dir: entry.open_vm_dir()?,
+            cgroup: &record.cgroup,
+        }),
+        Outcome::Failed { text } => bail!("network: {}", guest::clean(&text)),
+        other => bail!("the guest did not take the network: {other:?}"),
+    }
 }
 
 /// Whether the container came to its own end. A short workload's VM may be gone before its guest's answer is through.

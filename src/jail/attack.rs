@@ -140,7 +140,7 @@ fn open_tree(path: &Path) -> OwnedFd {
 /// What the VMM does between its start and the guest's.
 fn enter_jail(host: &Host) -> OwnedFd {
     keep_only(&[host._listeners.0.as_raw_fd(), host._listeners.1.as_raw_fd()]);
-    let filter = Filter::compile().unwrap();
+    let filter = Filter::compile(crate::plan::vm::Network::None).unwrap();
     let jail = Jail::build(&host.dir.join("anchor"), &host.run, &[], None).unwrap();
     let mount = clone_tree(open_path(&host.tree).unwrap(), true).unwrap();
     set_attributes(&mount, tree::EXPORT, true).unwrap();

@@ -5,6 +5,7 @@
 //! starts the guest; threads inherit it. In: nothing. Out: a filter. Must not: allow a process, a program, a namespace,
 //! a mount, code that was data before, or a socket that reaches out of the machine.
 
+use crate::plan::vm::Network;
 use anyhow::{Context, Result};
 use libseccomp::ScmpCompareOp::{Equal, MaskedEqual, NotEqual};
 use libseccomp::{ScmpAction, ScmpArgCompare, ScmpFilterContext, ScmpSyscall};
@@ -202,12 +203,15 @@ const IOCTLS: &[(u64, u64)] = &[
     (libc::TIOCGWINSZ, u32::MAX as u64),
 ];
 
+/// The same for attaching to a tap.
+const TAP_IOCTLS: [libc::Ioctl; 3] = [libc::TUNSETIFF, libc::TUNSETOFFLOAD, libc::TUNSETVNETHDRSZ];
+
 /// A compiled filter.
 pub struct Filter(ScmpFilterContext);
 
 impl Filter {
-    /// Compiles the filter for the calling process.
-    pub fn compile() -> Result<Self> {
+    /// Compiles the filter for the calling process, whose VM is connected like this.
+    pub fn compile(network: Network) -> Result<Self> {
         let mut rules = Rules(
             ScmpFilterContext::new(ScmpAction::Errno(libc::ENOSYS)).context("seccomp filter of the VMM")?,
         );
@@ -219,9 +223,15 @@ impl Filter {
         for (request, mask) in IOCTLS {
             rules.add(ScmpAction::Allow, "ioctl", &[ScmpArgCompare::new(1, MaskedEqual(*mask), *request)])?;
         }
+        let taps = if matches!(network, Network::Tap(_)) { &TAP_IOCTLS[..] } else { &[] };
+        for request in taps {
+            let only = ScmpArgCompare::new(1, MaskedEqual(u32::MAX.into()), *request);
+            rules.add(ScmpAction::Allow, "ioctl", &[only])?;
+        }
         ALLOWED.iter().try_for_each(|name| rules.add(ScmpAction::Allow, name, &[]))?;
         DEADLY.iter().try_for_each(|name| rules.add(ScmpAction::KillProcess, name, &[]))?;
         rules.by_arguments()?;
+        rules.sockets(network)?;
         Ok(Filter(rules.0))
     }
 
@@ -257,9 +267,6 @@ impl Rules {
             self.add(Allow, name, &[masked(argument, libc::PROT_EXEC as u64, 0)])?;
             self.add(KillProcess, name, &[masked(argument, libc::PROT_EXEC as u64, libc::PROT_EXEC as u64)])?;
         }
-        let unix = libc::AF_UNIX as u64;
-        self.add(Allow, "socket", &[is(0, unix)])?;
-        self.add(KillProcess, "socket", &[ScmpArgCompare::new(0, NotEqual, unix)])?;
         // Limits may be read, the own ones.
         self.add(Allow, "prlimit64", &[is(0, 0), is(2, 0)])?;
         // Names of threads, and of memory as glibc's malloc gives them.
@@ -267,6 +274,20 @@ impl Rules {
         self.add(Allow, "prctl", &[is(0, libc::PR_SET_VMA as u64)])?;
         // vCPU threads are interrupted, and abort(3) ends the process: both within it.
         self.add(Allow, "tgkill", &[is(0, std::process::id().into())])
+    }
+
+    /// The control socket's family; those that reach out only where the guest's sockets are made here.
+    fn sockets(&mut self, network: Network) -> Result<()> {
+        let hijacked: &[libc::c_int] =
+            if network == Network::Tsi { &[libc::AF_INET, libc::AF_INET6] } else { &[] };
+        let allowed: Vec<u64> =
+            hijacked.iter().chain(&[libc::AF_UNIX]).map(|family| *family as u64).collect();
+        for family in &allowed {
+            self.add(ScmpAction::Allow, "socket", &[ScmpArgCompare::new(0, Equal, *family)])?;
+        }
+        let others: Vec<_> = allowed.iter().map(|family| ScmpArgCompare::new(0, NotEqual, *family)).collect();
+        // One rule cannot compare one argument twice: there, what is not allowed is unknown.
+        if others.len() > 1 { Ok(()) } else { self.add(ScmpAction::KillProcess, "socket", &others) }
     }
 }
 
@@ -284,7 +305,7 @@ mod tests {
             ForkResult::Parent { child } => waitpid(child, None).unwrap(),
             ForkResult::Child => {
                 nix::sys::prctl::set_no_new_privs().unwrap();
-                Filter::compile().unwrap().load().unwrap();
+                Filter::compile(Network::None).unwrap().load().unwrap();
                 let [a, b, c] = arguments;
                 // SAFETY: the arguments are plain numbers, or pointers that the kernel checks; nothing of it is kept.
                 let result = unsafe { libc::syscall(syscall.into(), a, b, c, -1, 0, 0) };

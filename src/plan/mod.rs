@@ -9,6 +9,7 @@ pub mod hooks;
 pub mod host;
 pub mod machine;
 pub mod mounts;
+pub mod network;
 pub mod options;
 pub mod process;
 pub mod resources;
@@ -35,6 +36,8 @@ pub struct Plan {
     pub vm: Vm,
     /// What the host assembles for it.
     pub tree: Tree,
+    /// What is asked of the network.
+    pub network: network::Wish,
     /// Host namespaces of the monitor.
     pub namespaces: Namespaces,
     /// What the guest builds.
@@ -130,9 +133,10 @@ pub fn plan(id: &str, spec: &Spec, machine: &Machine, rootfs: &Path, bundle: &Pa
         state: hooks::state(spec.version(), id, bundle, &annotations),
         user: None,
     };
+    let network = network::plan(spec)?;
     let vm = vm::plan(spec, machine)?;
     let limits = host::bounds(vm.memory_mib).and(resources.map_or(Ok(Limits::default()), host::limits)?);
-    Ok(Plan { vm, tree, namespaces, guest, hooks, limits })
+    Ok(Plan { vm, tree, network, namespaces, guest, hooks, limits })
 }
 
 fn paths(list: Option<&Vec<String>>) -> Vec<PathBuf> {
@@ -180,9 +184,6 @@ fn namespaces(spec: &Spec) -> Result<Namespaces> {
         }
     }
     map_ids(spec, &mut found)?;
-    if found.network == Namespace::Inherit {
-        bail!("linux.namespaces: there is no network namespace, and the host's network is not supported");
-    }
     Ok(found)
 }
 
@@ -290,7 +291,6 @@ mod tests {
     #[test]
     fn namespaces_that_cannot_be_given_are_refused_by_name() {
         for (list, word) in [
-            (json!([{"type": "mount"}]), "network"),
             (json!([{"type": "network"}, {"type": "network"}]), "twice"),
             (json!([{"type": "network"}, {"type": "pid", "path": "/proc/1/ns/pid"}]), "pid"),
             (json!([{"type": "network"}, {"type": "user"}]), "user"),

@@ -24,6 +24,18 @@ const PAGE_STRUCTURES: u64 = 50;
 
 const MIB: i64 = 1 << 20;
 
+/// How the VM is connected to the world.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Network {
+    /// Not at all.
+    #[default]
+    None,
+    /// By this many NICs on taps.
+    Tap(u8),
+    /// Its IP sockets are made on the host.
+    Tsi,
+}
+
 /// What the virtual machine is made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
@@ -31,6 +43,8 @@ pub struct Vm {
     pub vcpus: u8,
     /// RAM in MiB.
     pub memory_mib: u32,
+    /// Its network.
+    pub network: Network,
     /// Where libkrunfw lies; `None` lets the dynamic linker find it.
     pub libkrunfw: Option<PathBuf>,
     /// A kernel of the container's own, or more words for that library's.
@@ -44,6 +58,7 @@ impl Default for Vm {
         Vm {
             vcpus: DEFAULT_VCPUS,
             memory_mib: DEFAULT_MEMORY_MIB,
+            network: Network::None,
             libkrunfw: None,
             kernel: None,
             debug: false,

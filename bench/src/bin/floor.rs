@@ -75,6 +75,8 @@ fn main() -> anyhow::Result<()> {
         console: &console,
         control_socket: &socket,
         control_port: 1,
+        taps: &[],
+        tsi: false,
     };
     let error = if options.bundled {
         bundled(&options.vm, &devices)

@@ -24,6 +24,7 @@ mod machine;
 mod mount_options;
 mod mount_order;
 mod mounts;
+mod network;
 mod pause;
 mod resources;
 mod run;
@@ -68,6 +69,7 @@ pub fn all() -> Vec<Case> {
             pause::cases(),
             death::cases(),
             identity::cases(),
+            network::cases(),
             resources::cases(),
             seccomp::cases(),
             systemd::cases(),

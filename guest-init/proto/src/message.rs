@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::frame::{Frame, MAX_MESSAGE};
@@ -29,6 +30,30 @@ pub enum Request {
     Create(Box<Container>),
     /// Let the created container's process run.
     Start {
+        /// Container id.
+        container: String,
+    },
+    /// Make NICs of the VM interfaces of a container, as the host's network namespace has them.
+    Plug {
+        /// Container id.
+        container: String,
+        /// NICs that move to it.
+        nics: Vec<Nic>,
+        /// What is set there once they have.
+        settings: Vec<Setting>,
+    },
+    /// Connect to an address inside a container's network namespace. The connection owns it as a process: its input
+    /// goes there, what comes back is its output.
+    Dial {
+        /// Container id.
+        container: String,
+        /// Where to, by TCP.
+        address: SocketAddr,
+    },
+    /// Serve names at 127.0.0.11 inside a container's network namespace, where its resolv.conf asks for that. The
+    /// connection owns it as a process. Queries are its output: length (u16, big-endian), number (u16), 1 if by TCP,
+    /// query. Answers are its input: length, number, answer.
+    Resolve {
         /// Container id.
         container: String,
     },
@@ -71,6 +96,30 @@ pub enum Request {
     },
     /// The owner has taken note of its process's exit; the guest may forget it.
     Acknowledge,
+}
+
+/// A NIC of the VM and the interface that it becomes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nic {
+    /// Its number among the VM's NICs.
+    pub slot: u8,
+    /// The message that makes it the interface; the guest adds which NIC it is about and where it goes.
+    pub link: Setting,
+}
+
+/// An rtnetlink message (rtnetlink(7)), without its header.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Setting {
+    /// What it sets, for people.
+    pub what: String,
+    /// `RTM_*`
+    pub kind: u16,
+    /// `NLM_F_*` beside those of every request.
+    pub flags: u16,
+    /// Family header and attributes.
+    pub body: Vec<u8>,
 }
 
 /// Which processes a signal is for.
@@ -522,6 +571,11 @@ mod tests {
         round_trip(Request::Create(Box::new(container())));
         round_trip(Request::Start { container: id() });
         round_trip(Request::Resize(Size { rows: 1, columns: u16::MAX }));
+        let link = Setting { what: "eth0".into(), kind: 16, flags: 0x400, body: vec![0, 255] };
+        let nic = Nic { slot: 1, link: link.clone() };
+        round_trip(Request::Plug { container: id(), nics: vec![nic], settings: vec![link] });
+        round_trip(Request::Dial { container: id(), address: ([127, 0, 0, 1], 80).into() });
+        round_trip(Request::Resolve { container: id() });
         round_trip(Request::Exec { container: id(), process: Box::new(process()), cgroup: "a/b".into() });
         round_trip(Request::Signal { container: id(), signal: 15, target: Target::All });
         round_trip(Request::Processes { container: id() });

@@ -116,7 +116,7 @@ pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
 }
 
 /// A socket rather than a pipe, for a terminal's ends travel on it. It ends at execve as a pipe would.
-fn status() -> Result<(OwnedFd, OwnedFd)> {
+pub fn status() -> Result<(OwnedFd, OwnedFd)> {
     socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).context("socketpair")
 }
 

@@ -1,0 +1,139 @@
+//! NICs of the VM become interfaces of a container.
+//!
+//! In: rtnetlink messages that the host has composed out of its own network namespace. Out: the same network in the
+//! container's. Must not: stay in another network namespace than pid 1's own.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use a3s_box_proto::{Nic, Setting};
+use anyhow::{Context, Result, bail};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::unistd::Pid;
+
+use crate::container::{self, Born};
+use crate::process::{Pipes, Side, arrange, fork, leave};
+use crate::stdio;
+
+/// How long a connection may take to be made.
+const PATIENCE: Duration = Duration::from_secs(5);
+const HEADER: usize = 16;
+/// Where `struct ifinfomsg` has its index.
+const INDEX: std::ops::Range<usize> = 4..8;
+
+/// Moves NICs to the network namespace of `pid` and sets what goes with them.
+pub fn plug(pid: Pid, nics: &[Nic], settings: &[Setting]) -> Result<()> {
+    let mut here = Netlink::open()?;
+    for nic in nics {
+        move_nic(&mut here, pid, nic).with_context(|| format!("interface {}", nic.link.what))?;
+    }
+    let mut there = inside(pid, Netlink::open)?;
+    for setting in settings {
+        there.set(setting).with_context(|| setting.what.clone())?;
+    }
+    Ok(())
+}
+
+fn move_nic(netlink: &mut Netlink, pid: Pid, nic: &Nic) -> Result<()> {
+    let name = format!("eth{}", nic.slot);
+    let index = nix::net::if_::if_nametoindex(CString::new(name.clone())?.as_c_str())
+        .with_context(|| format!("the VM has no NIC {name}"))?;
+    let mut link = nic.link.clone();
+    let Some(place) = link.body.get_mut(INDEX) else { bail!("the message is too short") };
+    place.copy_from_slice(&index.to_ne_bytes());
+    link.body.extend(8_u16.to_ne_bytes());
+    link.body.extend(libc::IFLA_NET_NS_PID.to_ne_bytes());
+    link.body.extend(pid.as_raw().to_ne_bytes());
+    Ok(netlink.set(&link)?)
+}
+
+/// Clones a process that does `attempt` in the network namespace of `pid` and, if that succeeds, goes on with `go`,
+/// which talks over the process's streams.
+pub fn bear<T>(pid: Pid, attempt: impl FnOnce() -> Result<T>, go: impl FnOnce(T)) -> Result<Born> {
+    let (stdio, ends) = stdio::pipes()?;
+    let (status, child_status) = container::status()?;
+    if let Side::Parent(pid) = fork(0)? {
+        return Ok(Born { pid, stdio, status });
+    }
+    let story = arrange(ends, Pipes { status: child_status, gate: None, user: None });
+    let entered = File::open(format!("/proc/{pid}/ns/net")).context("the container's network namespace");
+    let entered = entered.and_then(|other| Ok(setns(other, CloneFlags::CLONE_NEWNET)?));
+    match entered.and_then(|()| attempt()) {
+        Ok(made) => {
+            drop(story);
+            go(made);
+            leave(0)
+        }
+        Err(error) => story.fail(&error),
+    }
+}
+
+/// Clones a process that connects to `address` and copies its own streams there and back.
+pub fn dial(pid: Pid, address: SocketAddr) -> Result<Born> {
+    let attempt = || {
+        let stream = TcpStream::connect_timeout(&address, PATIENCE).context(address)?;
+        let other = stream.try_clone().context("connection")?;
+        Ok((stream, other))
+    };
+    bear(pid, attempt, |(mut stream, mut other)| {
+        std::thread::spawn(move || {
+            let _ = io::copy(&mut *own(0), &mut stream);
+            let _ = stream.shutdown(Shutdown::Write);
+        });
+        // When the server has said all, it is over.
+        let _ = io::copy(&mut other, &mut *own(1));
+    })
+}
+
+/// One of the process's own streams.
+pub fn own(stream: RawFd) -> ManuallyDrop<File> {
+    // SAFETY: 0 and 1 are open for the whole life of the process, and never closed by this owner.
+    ManuallyDrop::new(unsafe { File::from_raw_fd(stream) })
+}
+
+/// Runs `act` in the network namespace of `pid`.
+fn inside<T>(pid: Pid, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    let own = File::open("/proc/self/ns/net").context("own network namespace")?;
+    let other = File::open(format!("/proc/{pid}/ns/net")).context("the container's network namespace")?;
+    setns(&other, CloneFlags::CLONE_NEWNET).context("enter the container's network namespace")?;
+    let result = act();
+    setns(&own, CloneFlags::CLONE_NEWNET).context("leave the container's network namespace")?;
+    result
+}
+
+struct Netlink(OwnedFd);
+
+impl Netlink {
+    fn open() -> Result<Self> {
+        let route = SockProtocol::NetlinkRoute;
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, route);
+        Ok(Netlink(fd.context("rtnetlink socket")?))
+    }
+
+    /// Sends one message and waits for the kernel's answer, which it gives before `send` returns.
+    fn set(&mut self, setting: &Setting) -> io::Result<()> {
+        let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16 | setting.flags;
+        let mut message = Vec::with_capacity(HEADER + setting.body.len());
+        message.extend(((HEADER + setting.body.len()) as u32).to_ne_bytes());
+        message.extend(setting.kind.to_ne_bytes());
+        message.extend(flags.to_ne_bytes());
+        message.extend([0; 8]); // sequence number, port: one request at a time needs neither
+        message.extend(&setting.body);
+        send(self.0.as_raw_fd(), &message, MsgFlags::empty())?;
+        let mut answer = [0u8; 4096];
+        let length = recv(self.0.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+        match answer[..length].get(HEADER..HEADER + 4) {
+            Some(&[a, b, c, d]) => match i32::from_ne_bytes([a, b, c, d]) {
+                0 => Ok(()),
+                code => Err(io::Error::from_raw_os_error(-code)),
+            },
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
