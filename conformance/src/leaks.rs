@@ -172,7 +172,10 @@ fn directories(world: &World) -> Vec<String> {
     }
     for dir in found {
         all.extend(entries(&dir).into_iter().map(|name| format!("{dir}/{name}")));
-        all.push(dir);
+        // The default state directory itself stays, as every runtime's does.
+        if dir != "/run/a3s-box" {
+            all.push(dir);
+        }
     }
     all
 }

@@ -75,7 +75,7 @@ fn add(root: &Root, planned: &Mount) -> Result<()> {
         }
         Source::FileSystem { kind, name, options, copy_up } => {
             let place = root.place_for(destination, kind)?;
-            let mount = guest_file_system(kind, name, &with_mode(kind, options, &place)?)?;
+            let mount = guest_file_system(kind, name, &like_hidden(kind, options, &place, *copy_up)?)?;
             if *copy_up {
                 copy_tree(&place, &mount).context("copy what is there")?;
             }
@@ -133,12 +133,19 @@ fn set_below(root: &Root, attributes: &Attributes) -> Result<()> {
     Ok(())
 }
 
-/// As runc: without a mode of its own, a tmpfs has that of the directory it hides.
-fn with_mode(kind: &str, options: &[String], place: &Place) -> Result<Vec<String>> {
+/// As runc: without a mode of its own, a tmpfs has that of the directory it hides, and as a copy of it its owner too.
+fn like_hidden(kind: &str, options: &[String], place: &Place, copy: bool) -> Result<Vec<String>> {
     let mut options = options.to_vec();
-    if kind == "tmpfs" && !place.made && !options.iter().any(|option| option.starts_with("mode=")) {
-        let mode = nix::sys::stat::fstat(place).context("look at the mount point")?.st_mode & 0o7777;
-        options.push(format!("mode={mode:o}"));
+    if kind != "tmpfs" || place.made {
+        return Ok(options);
+    }
+    let stat = nix::sys::stat::fstat(place).context("look at the mount point")?;
+    let own = [("mode=", format!("{:o}", stat.st_mode & 0o7777))];
+    let owner = [("uid=", stat.st_uid.to_string()), ("gid=", stat.st_gid.to_string())];
+    for (name, value) in own.into_iter().chain(owner.into_iter().filter(|_| copy)) {
+        if !options.iter().any(|option| option.starts_with(name)) {
+            options.push(format!("{name}{value}"));
+        }
     }
     Ok(options)
 }

@@ -165,7 +165,10 @@ pub fn keep_only(wanted: &[RawFd]) {
 /// KVM), none of its memory in a core dump.
 pub fn set_limits() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+    // Where guest-init is a process of this host, it and its workloads inherit this and could not raise it again.
+    if !cfg!(feature = "local-guest") {
+        let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+    }
     for resource in [Resource::RLIMIT_NOFILE, Resource::RLIMIT_MEMLOCK] {
         if let Ok((_, hard)) = getrlimit(resource) {
             // The hard limit is as far as it goes without privilege.

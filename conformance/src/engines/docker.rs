@@ -1,6 +1,7 @@
 //! docker: dockerd with its own containerd, the runtime by daemon.json.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -74,8 +75,13 @@ fn live_restore(engine: &mut Engine) -> Result<()> {
     let daemon = engine.daemon.take().context("the daemon")?;
     daemon.signal(Signal::KILL)?;
     process::wait_gone(daemon.pid(), engine.world.patience())?;
-    // Collected, or its pid file would still name a process.
+    // Collected, or its and its containerd's pid files would still name a process.
     drop(daemon);
+    process::eventually("its containerd is gone", engine.world.patience(), || {
+        process::reap_orphans();
+        let pid = fs::read_to_string(engine.dir.join("exec/containerd/containerd.pid")).unwrap_or_default();
+        Ok(pid.is_empty() || !Path::new("/proc").join(pid.trim()).exists())
+    })?;
     start(engine)?;
     same(&engine.inspect(&name, ".State.Pid")?, &before)?;
     same(&engine.sh(&name, "echo still here")?, &"still here".into())?;

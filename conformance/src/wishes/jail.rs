@@ -91,11 +91,14 @@ fn sees(container: &mut Container) -> Result<()> {
     let vmm = vmm(container)?;
     let root = PathBuf::from(format!("/proc/{vmm}/root"));
     same(&names(&root)?, &["dev", "export", "proc", "run"].map(String::from).to_vec())?;
-    same(&names(&root.join("dev"))?, &vec!["kvm".to_string()])?;
+    same(&names(&root.join("dev"))?, &["kvm", "net"].map(String::from).to_vec())?;
+    same(&names(&root.join("dev/net"))?, &vec!["tun".to_string()])?;
     same(&names(&root.join("proc"))?, &vec!["self".to_string()])?;
     same(&names(&root.join("proc/self"))?, &vec!["fd".to_string()])?;
-    let kvm = fs::symlink_metadata(root.join("dev/kvm"))?.file_type();
-    ensure!(!kvm.is_char_device(), "/dev/kvm can be opened although the guest runs");
+    for node in ["kvm", "net/tun"] {
+        let kind = fs::symlink_metadata(root.join("dev").join(node))?.file_type();
+        ensure!(!kind.is_char_device(), "/dev/{node} can be opened although the guest runs");
+    }
     let mounts = fs::read_to_string(format!("/proc/{vmm}/mountinfo"))?;
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
     let foreign: Vec<&str> = points

@@ -100,8 +100,8 @@ fn features(world: &'static World) -> Result<()> {
 /// What CRI acts on must be true of this runtime.
 fn promises(world: &'static World) -> Result<()> {
     let document: Value = serde_json::from_slice(&world.ok(&["features"])?.stdout)?;
-    let namespaces = document["linux"]["namespaces"].as_array().context("no namespaces")?;
-    ensure!(!namespaces.contains(&json!("user")), "{namespaces:?}");
+    same(&document["linux"]["netDevices"]["enabled"], &json!(false))?;
+    same(&document["annotations"]["org.opencontainers.runc.checkpoint.enabled"], &json!("false"))?;
     same(&document["linux"]["mountExtensions"]["idmap"]["enabled"], &json!(true))?;
     let unsafe_prefixes = document["potentiallyUnsafeConfigAnnotations"].as_array().context("no prefixes")?;
     ensure!(unsafe_prefixes.contains(&json!("a3s.box/")), "{unsafe_prefixes:?}");

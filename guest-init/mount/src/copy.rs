@@ -9,20 +9,17 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context, Result, anyhow};
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, chmodat, chownat, fchmod,
-    fchown, fstat, mkdirat, mknodat, openat, readlinkat, statat, symlinkat, utimensat,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, chmodat, chownat, mkdirat,
+    mknodat, openat, readlinkat, statat, symlinkat, utimensat,
 };
 use rustix::io::Errno;
 
 use crate::errno_words;
 
-/// Copies what lies in `from` into `to`, which takes its owner and mode.
+/// Copies what lies in `from` into `to`, which keeps its own owner and mode.
 pub fn copy_tree(from: impl AsFd, to: impl AsFd) -> Result<()> {
     let readable = |fd: BorrowedFd<'_>| openat(fd, ".", DIRECTORY, Mode::empty());
     let (from, to) = (words(readable(from.as_fd()))?, words(readable(to.as_fd()))?);
-    let stat = words(fstat(&from))?;
-    words(fchown(&to, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid))))?;
-    words(fchmod(&to, Mode::from_raw_mode(stat.st_mode)))?;
     copy_entries(from.as_fd(), to.as_fd())
 }
 
@@ -101,7 +98,7 @@ mod tests {
         std::fs::write(base.join("outside"), "secret").unwrap();
         std::fs::write(from.join("dir/file"), "word").unwrap();
         std::fs::set_permissions(from.join("dir/file"), std::fs::Permissions::from_mode(0o4711)).unwrap();
-        std::fs::set_permissions(&from, std::fs::Permissions::from_mode(0o1777)).unwrap();
+        std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o1777)).unwrap();
         symlink(base.join("outside"), from.join("link")).unwrap();
         copy_tree(File::open(&from).unwrap(), File::open(&to).unwrap()).unwrap();
         assert_eq!(std::fs::read(to.join("dir/file")).unwrap(), b"word");
