@@ -11,7 +11,8 @@ def read(sock, size):
     while len(data) < size:
         chunk = sock.recv(size - len(data))
         if not chunk:
-            sys.exit("testvm: the machine went away")
+            print("testvm: the machine went away", file=sys.stderr)
+            sys.exit(75)  # EX_TEMPFAIL: it says nothing about the script
         data += chunk
     return data
 
