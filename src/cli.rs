@@ -2,6 +2,8 @@
 //!
 //! In: argv. Out: typed arguments. Must not: look at the system; what a flag means is decided elsewhere.
 
+#[path = "cli/normalize.rs"]
+mod normalize;
 #[path = "cli/update.rs"]
 mod update;
 
@@ -10,6 +12,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use normalize::normalize;
 pub use update::Update;
 
 /// OCI runtime that runs every container in its own libkrun microVM
@@ -363,143 +366,4 @@ pub struct Check {
     /// How long the probe VM may take to boot, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub timeout: u64,
-}
-
-/// Go's flag parser takes long flags with one dash too, and go-runc passes one so; clap does not.
-pub fn normalize(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    const LONG: [&str; 36] = [
-        "root",
-        "log",
-        "log-format",
-        "log-level",
-        "debug",
-        "systemd-cgroup",
-        "cgroup-manager",
-        "rootless",
-        "version",
-        "help",
-        "bundle",
-        "pid-file",
-        "console-socket",
-        "pidfd-socket",
-        "preserve-fds",
-        "additional-gids",
-        "apparmor",
-        "cap",
-        "cgroup",
-        "ignore-paused",
-        "no-new-privs",
-        "process-label",
-        "no-pivot",
-        "no-new-keyring",
-        "no-subreaper",
-        "detach",
-        "keep",
-        "force",
-        "all",
-        "process",
-        "env",
-        "cwd",
-        "user",
-        "tty",
-        "format",
-        "quiet",
-    ];
-    // Flags whose value is the next argument, so that it is not taken for the container's id.
-    const VALUED: [&str; 20] = [
-        "-p",
-        "-e",
-        "-u",
-        "-g",
-        "-c",
-        "-f",
-        "--process",
-        "--env",
-        "--cwd",
-        "--user",
-        "--pid-file",
-        "--format",
-        "--additional-gids",
-        "--apparmor",
-        "--cap",
-        "--cgroup",
-        "--console-socket",
-        "--pidfd-socket",
-        "--preserve-fds",
-        "--process-label",
-    ];
-    let (mut verb, mut passed_on, mut is_value) = (None, false, true);
-    args.map(|arg| {
-        let Some(text) = arg.to_str().filter(|_| !passed_on && !is_value).map(str::to_owned) else {
-            is_value = false;
-            return arg;
-        };
-        let name = text.strip_prefix('-').and_then(|rest| rest.split('=').next()).unwrap_or_default();
-        let text = if LONG.contains(&name) { format!("-{text}") } else { text };
-        match (&verb, text.starts_with('-')) {
-            (None, false) => verb = Some(text.clone()),
-            // What follows the id is a command of the container's, or ps's own flags.
-            (Some(verb), false) => passed_on = matches!(verb.as_str(), "exec" | "ps"),
-            (Some(_), true) => is_value = VALUED.contains(&text.as_str()),
-            (None, true) => {
-                is_value = ["--root", "--log", "--log-format", "--log-level", "--cgroup-manager"]
-                    .contains(&text.as_str())
-            }
-        }
-        passed_on |= text == "--";
-        text.into()
-    })
-    .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(line: &str) -> Cli {
-        Cli::try_parse_from(normalize(line.split(' ').map(OsString::from))).unwrap()
-    }
-
-    #[test]
-    fn definition_is_sound() {
-        use clap::CommandFactory;
-        Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn engines_lines_parse() {
-        for line in [
-            "a3s-box --root /r --log /l --log-format json --systemd-cgroup create --bundle /b --pid-file /p --console-socket /s --no-pivot --no-new-keyring id",
-            "a3s-box --root=/r --debug run --bundle /b --keep id",
-            "a3s-box --rootless=auto --cgroup-manager disabled start id",
-            "a3s-box --rootless state id",
-            "a3s-box kill -a id 9",
-            "a3s-box kill --all id SIGTERM",
-            "a3s-box delete --force id",
-            "a3s-box ps --format json id",
-            "a3s-box exec --process /p --detach --pid-file /x id",
-            "a3s-box list --format=json",
-            "a3s-box create -no-subreaper -bundle /b id",
-            "a3s-box checkpoint --image-path /i --help",
-            "a3s-box restore -no-subreaper --lsm-mount-context",
-            "a3s-box features",
-            "a3s-box features --matrix --format markdown",
-            "a3s-box --root=/r --version",
-            "a3s-box -v",
-        ] {
-            parse(line);
-        }
-    }
-
-    #[test]
-    fn what_follows_the_id_belongs_to_the_command() {
-        let cli = parse("a3s-box exec -e A=1 id ls -la --help -e B=2");
-        let Some(Command::Exec(exec)) = cli.command else { panic!() };
-        assert_eq!(exec.command, ["ls", "-la", "--help", "-e", "B=2"]);
-        assert_eq!(exec.env, ["A=1"]);
-        let cli = parse("a3s-box -root /exec exec -user 0 id find / -user x -- -all");
-        let Some(Command::Exec(exec)) = cli.command else { panic!() };
-        assert_eq!((exec.user.as_deref(), exec.id.as_str()), (Some("0"), "id"));
-        assert_eq!(exec.command, ["find", "/", "-user", "x", "--", "-all"]);
-    }
 }

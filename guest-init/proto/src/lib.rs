@@ -3,14 +3,17 @@
 //! # Layout
 //! - [`frame`]: bytes to frames and back, bounded, fed from any transport.
 //! - [`message`]: what a message frame says: requests, outcomes, events.
+//! - [`container`]: what a request to build a container or a process holds.
 //! - [`credit`]: how much one side may send before the other has consumed it.
 //!
 //! In: bytes and typed values. Out: typed values and bytes. Must not: do any I/O, look at a clock, or trust a peer.
 
+pub mod container;
 pub mod credit;
 pub mod frame;
 pub mod message;
 
+pub use container::*;
 pub use credit::Window;
 pub use frame::{Decoder, Frame, Stream};
 pub use message::*;
