@@ -10,7 +10,7 @@
 )]
 
 #[path = "krun/firmware.rs"]
-pub mod firmware;
+mod firmware;
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -82,6 +82,11 @@ pub struct Devices<'a> {
 /// libkrun's version: the crate's, or which library this build looks for.
 pub fn version() -> &'static str {
     if cfg!(feature = "libkrun") { "1.19.7" } else { "system (libkrun.so.1)" }
+}
+
+/// Finds the guest kernel's library and reads the kernel's version out of its image.
+pub fn firmware(explicit: Option<&Path>) -> anyhow::Result<firmware::Firmware> {
+    firmware::find(explicit)
 }
 
 /// Loads libkrunfw and configures a context. Call it once, in the host's view: no library is opened after the pivot.

@@ -256,7 +256,7 @@ pub fn library() -> &'static str {
 
 /// The guest kernel's library and version.
 pub fn firmware() -> Result<(PathBuf, String)> {
-    krun::firmware::find(None).map(|firmware| (firmware.path, firmware.kernel_version))
+    krun::firmware(None).map(|firmware| (firmware.path, firmware.kernel_version))
 }
 
 /// The VMM's process: never returns.
