@@ -1,9 +1,9 @@
 //! a3s-box: an OCI runtime in which every container runs in its own libkrun microVM.
 //!
 //! # Layout
-//! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] (with [`seccomp`]) → [`store`].
+//! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] (with [`seccomp`], [`sandbox`]) → [`store`].
 //! Intent into processes: [`monitor`] (the container's pid) → [`hooks`], [`jail`], [`userns`], [`cgroup`] → [`vmm`] →
-//! [`krun`]; [`proxy`] (the pid of a detached `exec`).
+//! [`krun`], or [`pod`] (a VM that is there); [`proxy`] (the pid of a detached `exec`).
 //! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`].
 //! [`commands`] strings them together, one file a verb. [`log`] is the one voice.
 
@@ -23,8 +23,10 @@ mod log;
 mod monitor;
 mod net;
 mod plan;
+mod pod;
 mod proxy;
 mod relay;
+mod sandbox;
 mod seccomp;
 mod stdio;
 mod store;

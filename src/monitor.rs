@@ -6,18 +6,19 @@
 //! last an exit status. Must not: hold anything of `create`'s but the container's stdio, or keep a privilege once it
 //! talks to the guest.
 
+mod arrival;
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use a3s_box_proto::{Hook, LISTENING, Outcome, Request};
-use anyhow::{Context, Result, anyhow, bail};
+use a3s_box_proto::{Hook, Outcome, Request};
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{
@@ -28,12 +29,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::console::Console;
-use crate::guest::{self, Connection, NotReady};
+use crate::guest::{self, Connection};
 use crate::hooks;
 use crate::jail::{self, tree};
 use crate::log::sentence;
 use crate::net;
 use crate::plan::{Namespace, Plan};
+use crate::pod::Home;
 use crate::relay::{self, Post, Vm, VmDied};
 use crate::store::VM_DIR;
 use crate::userns::{self, UserNamespace};
@@ -42,12 +44,8 @@ use crate::{terminal, vmm};
 /// The file in the container's directory that holds the monitor's last message: an [`End`], or nothing where the
 /// monitor was killed.
 const LAST_MESSAGE: &str = "last-message";
-/// How long a guest may take from the VMM's start to its greeting.
-const BOOT: Duration = Duration::from_secs(60);
 /// How long the guest may take to build a container.
 const CREATE: Duration = Duration::from_secs(30);
-/// How often the socket is tried where the console said nothing (a kernel without one).
-const RETRY: Duration = Duration::from_millis(250);
 
 /// What a monitor tells `create`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -87,8 +85,15 @@ pub struct Handle {
 }
 
 /// Clones a monitor, which waits to be told to go on. `network` is the network namespace to join, `dir` the container's
-/// directory, `slave` the other end of a pty that takes the place of the caller's streams.
-pub fn spawn(mut plan: Plan, network: Option<File>, dir: &Path, slave: Option<OwnedFd>) -> Result<Handle> {
+/// directory, `home` the VM that it lives in where that is another's, `slave` the other end of a pty that takes the
+/// place of the caller's streams.
+pub fn spawn(
+    mut plan: Plan,
+    network: Option<File>,
+    dir: &Path,
+    home: Option<Home>,
+    slave: Option<OwnedFd>,
+) -> Result<Handle> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .context("socketpair")?;
     let mut joined = Joined::open(&plan, network)?;
@@ -110,8 +115,9 @@ pub fn spawn(mut plan: Plan, network: Option<File>, dir: &Path, slave: Option<Ow
         0 => {
             let user_fd = user.as_ref().map(|user| &user.fd);
             let fds = joined.0.iter().map(|(_, fd, _)| fd).chain([&theirs]).chain(&slave).chain(user_fd);
-            jail::keep_only(&fds.map(AsRawFd::as_raw_fd).collect::<Vec<_>>());
-            let status = live(plan, dir, (joined, user), slave, theirs);
+            let homes = home.iter().flat_map(Home::descriptors);
+            jail::keep_only(&fds.map(AsRawFd::as_raw_fd).chain(homes).collect::<Vec<_>>());
+            let status = live(plan, dir, (joined, user, home), slave, theirs);
             // SAFETY: _exit takes any status and does not return; no exit handler of the parent's may run here.
             unsafe { libc::_exit(status) }
         }
@@ -120,7 +126,7 @@ pub fn spawn(mut plan: Plan, network: Option<File>, dir: &Path, slave: Option<Ow
 }
 
 /// What the monitor enters.
-type Opened = (Joined, Option<UserNamespace>);
+type Opened = (Joined, Option<UserNamespace>, Option<Home>);
 
 /// Namespaces to join, opened while their paths mean what the caller meant.
 struct Joined(Vec<(CloneFlags, OwnedFd, String)>);
@@ -270,7 +276,7 @@ fn live(plan: Plan, dir: &Path, opened: Opened, slave: Option<OwnedFd>, channel:
     }
     drop(reporter);
     let (container, terminal) = (&stage.id, stage.terminal);
-    let post = Post { container, vm: Some(&mut stage.vm), terminal, is_job: false };
+    let post = Post { container, vm: stage.vm.as_mut(), terminal, is_job: false };
     match relay::run(connection, &stage.signals, post) {
         Ok(status) => {
             stage.leave_word(&End::Regular);
@@ -286,7 +292,10 @@ fn live(plan: Plan, dir: &Path, opened: Opened, slave: Option<OwnedFd>, channel:
 /// What is left once the tree is built: the guest has still to create the container.
 struct Stage {
     id: String,
-    vm: Vm,
+    /// Its own VM.
+    vm: Option<Vm>,
+    /// Another's, dialled.
+    door: Option<UnixStream>,
     signals: SignalFd,
     last_message: File,
     /// See [`Post`].
@@ -300,7 +309,7 @@ fn begin_session(slave: Option<OwnedFd>) -> Result<()> {
 }
 
 fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> Result<Stage> {
-    let (joined, user) = opened;
+    let (joined, user, home) = opened;
     let root = user.as_ref().map(|user| user.root);
     set_oom_score(plan.guest.process.oom_score_adj)?;
     joined.enter()?;
@@ -310,27 +319,27 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> R
     {
         nix::unistd::sethostname(hostname).context("hostname")?;
     }
-    let vm_dir = dir.join(VM_DIR);
-    let console = Console::create(&vm_dir, root)?;
-    let vmm = vmm::spawn(&plan.vm, &vm_dir, dir, user.as_ref())?;
-    reporter.send(&Report::Vmm, Some(vmm.pidfd()));
-    net::prepare(&plan.vm.network, root)?;
+    let own = if home.is_none() { Some(start_vm(&plan, dir, user.as_ref(), reporter)?) } else { None };
     let (rootfs, hooked) = (plan.tree.rootfs.clone(), plan.hooks.any_at_create());
     let sources = tree::open(plan.tree, &mut plan.guest)?;
-    let exports = sources.exports(&mut plan.guest.mounts, root)?;
+    let exports = if plan.guest.idle { Vec::new() } else { sources.exports(&mut plan.guest.mounts, root)? };
     let last_message = open_last_message(dir)?;
-    let place = open(&vm_dir)?;
+    let place = own.as_ref().map(|_| open(&dir.join(VM_DIR))).transpose()?;
     // Hooks look for the container's tree at root.path, and may change what is in it.
     let view = sources.assemble(&open(if hooked { &rootfs } else { dir })?)?;
     if hooked {
         run_hooks(&plan.hooks.create_container, &plan.guest.state, &rootfs, reporter)?;
     }
-    vmm.boot(&exports)?;
-    drop(exports);
+    if let Some(vm) = &own {
+        vm.vmm.boot(&exports)?;
+    }
+    let door = home.map(|home| home.furnish(exports)).transpose()?;
     reporter.phase("tree handed to the VMM");
     view.enter()?;
-    // Sockets of the VM are reached from here, whatever the root is now.
-    nix::unistd::fchdir(&place).context("enter the VM's directory")?;
+    if let Some(place) = place {
+        // Sockets of the VM are reached from here, whatever the root is now.
+        nix::unistd::fchdir(&place).context("enter the VM's directory")?;
+    }
     if let Some(user) = user.filter(|_| vmm::CONFINED) {
         userns::enter(user.fd, false)?;
     }
@@ -340,7 +349,17 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> R
     let id = plan.guest.id.clone();
     let terminal = plan.guest.process.terminal.and_then(|_| terminal::own());
     let request = Request::Create(Box::new(plan.guest));
-    Ok(Stage { id, vm: Vm { vmm, console }, signals, last_message, terminal, request })
+    Ok(Stage { id, vm: own, door, signals, last_message, terminal, request })
+}
+
+/// Starts a VMM in this process's namespaces.
+fn start_vm(plan: &Plan, dir: &Path, user: Option<&UserNamespace>, reporter: &Reporter) -> Result<Vm> {
+    let (root, vm_dir) = (user.map(|user| user.root), dir.join(VM_DIR));
+    let console = Console::create(&vm_dir, root)?;
+    let vmm = vmm::spawn(&plan.vm, &vm_dir, dir, user)?;
+    reporter.send(&Report::Vmm, Some(vmm.pidfd()));
+    net::prepare(&plan.vm.network, root)?;
+    Ok(Vm { vmm, console })
 }
 
 /// `prestart` and `createRuntime` hooks by the caller, then `createContainer` hooks: this process's root is the host's
@@ -382,11 +401,6 @@ fn open_last_message(dir: &Path) -> Result<File> {
         .context("make the last message's file")
 }
 
-/// Dials the guest by a path relative to the VM's directory, which is the current one.
-fn dial() -> Result<Connection> {
-    Connection::greet(UnixStream::connect(guest::SOCKET).map_err(|_| NotReady)?, guest::ANSWER)
-}
-
 impl Stage {
     fn leave_word(&mut self, end: &End) {
         // Who reads it takes nothing for a death by a signal, which is the worst that this can mean.
@@ -397,7 +411,11 @@ impl Stage {
 
     /// Has the guest create the container. The connection owns it.
     fn create(&mut self, reporter: &Reporter) -> Result<Connection> {
-        let mut connection = self.connect(reporter)?;
+        let mut connection = match (self.door.take(), &mut self.vm) {
+            (None, Some(vm)) => arrival::connect(vm, &self.signals, reporter)?,
+            (Some(stream), _) => Connection::greet(stream, guest::ANSWER)?,
+            (None, None) => bail!("there is no VM"),
+        };
         reporter.phase(&format!(
             "guest greeted: kernel {}, {} ms after its start",
             guest::clean(&connection.greeting.kernel),
@@ -409,70 +427,7 @@ impl Stage {
                 bail!("unable to start container process: {}", guest::clean(&text))
             }
             Ok(other) => bail!("the guest refused to create the container: {other:?}"),
-            Err(error) => Err(self.death().unwrap_or(error)),
+            Err(error) => Err(self.vm.as_mut().and_then(arrival::death).unwrap_or(error)),
         }
-    }
-
-    fn connect(&mut self, reporter: &Reporter) -> Result<Connection> {
-        let deadline = Instant::now() + BOOT;
-        let mut listening = false;
-        loop {
-            let quiet = !self.wait(reporter)?;
-            self.vm.console.drain();
-            if !listening && self.vm.console.heard(LISTENING) {
-                listening = true;
-                reporter.phase("guest-init listens");
-            }
-            if listening || quiet {
-                match dial() {
-                    Err(error) if error.is::<NotReady>() => {}
-                    result => return result,
-                }
-            }
-            if Instant::now() > deadline {
-                self.vm.console.drain();
-                let words = self.vm.console.last_words();
-                bail!("the guest did not come up within {} s; its console said: {words:?}", BOOT.as_secs());
-            }
-        }
-    }
-
-    /// Waits for a sign of life, but not for long: false if there was none. Fails when the VMM or the caller is gone.
-    fn wait(&mut self, reporter: &Reporter) -> Result<bool> {
-        let timeout = PollTimeout::try_from(RETRY).unwrap_or(PollTimeout::ZERO);
-        let mut fds = [
-            PollFd::new(self.vm.console.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.vm.vmm.pidfd(), PollFlags::POLLIN),
-            PollFd::new(reporter.0.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context("poll"),
-        }
-        let [console, vmm, caller, signals] = fds.map(|fd| fd.any().unwrap_or(false));
-        if caller {
-            bail!("create was given up");
-        }
-        if signals
-            && let Ok(Some(info)) = self.signals.read_signal()
-            && relay::ENDING.contains(&(info.ssi_signo as i32))
-        {
-            bail!("create was ended by signal {}", info.ssi_signo);
-        }
-        if vmm { Err(self.death().unwrap_or_else(|| anyhow!("the VM died"))) } else { Ok(console) }
-    }
-
-    /// What the VM died of, if it did.
-    fn death(&mut self) -> Option<anyhow::Error> {
-        if !vmm::ends_within(self.vm.vmm.pidfd(), Duration::ZERO) {
-            return None;
-        }
-        if let Some(complaint) = self.vm.vmm.complaint() {
-            return Some(complaint);
-        }
-        self.vm.console.drain();
-        let death = self.vm.vmm.reap();
-        Some(anyhow!(relay::died(&death.how, &self.vm.console.last_words())))
     }
 }

@@ -64,8 +64,23 @@ pub struct Record {
     /// What it has in its network namespace.
     #[serde(default)]
     pub network: Option<net::Site>,
+    /// Its seat, where the VM is another container's.
+    #[serde(default)]
+    pub seat: Option<Seat>,
+    /// How many containers have ever joined its VM.
+    #[serde(default)]
+    pub joined: u16,
     /// User that owns it.
     pub owner: u32,
+}
+
+/// A place in another container's VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seat {
+    /// That container's id.
+    pub sandbox: String,
+    /// The place in the exported tree ([`crate::plan::exported`]).
+    pub number: u16,
 }
 
 /// A process that cannot be mistaken for a later one with the same number.

@@ -5,7 +5,7 @@
 //! running VM, or one line that says why not. Must not: run or open anything by a path that a container's tree could
 //! have laid (no exec, no dlopen after the pivot).
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -227,25 +227,42 @@ pub fn close_nodes(pid: i32) -> Result<()> {
     if NODES.is_empty() {
         return Ok(());
     }
-    let pidfd = pidfd_open(pid)?;
+    let detach = |node: &str| detach(Path::new(node));
+    inside(pidfd_open(pid)?.as_fd(), || {
+        // Only a VM with NICs has this one.
+        let _ = detach(net::NODE);
+        NODES.iter().try_for_each(|node| Ok(detach(node)?))
+    })
+    .context("take the device nodes away from the VMM")
+}
+
+/// Takes a mount away, with all below it, once nothing uses it any more.
+pub fn detach(path: &Path) -> nix::Result<()> {
+    umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+}
+
+/// Runs `act` in a VMM's mount namespace, below its root. For a process with one thread.
+pub fn inside(vmm: BorrowedFd<'_>, act: impl FnOnce() -> Result<()>) -> Result<()> {
+    let (mut told, mut tell) = std::io::pipe().context("pipe")?;
     // Entering a mount namespace changes the root: only a child of ours may.
     // SAFETY: this process has one thread, so the child may run any code; it ends by _exit.
     match unsafe { nix::unistd::fork() }.context("fork")? {
         nix::unistd::ForkResult::Child => {
-            let detach = |node: &&str| umount2(*node, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-            let done = setns(&pidfd, CloneFlags::CLONE_NEWNS).and_then(|()| {
-                // Only a VM with NICs has this one.
-                let _ = detach(&net::NODE);
-                NODES.iter().try_for_each(detach)
-            });
-            quit(done.err().map_or(0, |errno| errno as i32))
+            let entered = setns(vmm, CloneFlags::CLONE_NEWNS).context("enter the VMM's mount namespace");
+            let Err(error) = entered.and_then(|()| act()) else { quit(0) };
+            let _ = tell.write_all(sentence(&error).as_bytes());
+            quit(1)
         }
-        nix::unistd::ForkResult::Parent { child } => match waitpid(child, None).context("wait")? {
-            WaitStatus::Exited(_, 0) => Ok(()),
-            WaitStatus::Exited(_, errno) => Err(std::io::Error::from_raw_os_error(errno))
-                .context("take the device nodes away from the VMM"),
-            status => bail!("take the device nodes away from the VMM: {status:?}"),
-        },
+        nix::unistd::ForkResult::Parent { child } => {
+            drop(tell);
+            let mut text = String::new();
+            let _ = told.read_to_string(&mut text);
+            match waitpid(child, None).context("wait")? {
+                WaitStatus::Exited(_, 0) => Ok(()),
+                WaitStatus::Exited(..) => Err(anyhow!(text)),
+                status => bail!("the process that enters the VMM's jail: {status:?}"),
+            }
+        }
     }
 }
 

@@ -10,7 +10,7 @@
 //! - [`devices`]: special files of a container.
 //! - [`net`]: NICs of the VM that become a container's interfaces.
 //! - [`resolver`]: names at 127.0.0.11, from the host's network namespace.
-//! - [`rootfs`]: mounts of a container, in its own mount namespace.
+//! - [`rootfs`]: mounts of a container, in its own mount namespace; [`shared_memory`]: those it shares.
 //! - [`process`]: from clone to execve; [`seccomp`]: the filter on its way.
 //! - [`reap`]: exits, and when they may be told.
 //!
@@ -29,6 +29,7 @@ mod resolver;
 mod rootfs;
 mod seccomp;
 mod serve;
+mod shared_memory;
 mod stdio;
 mod terminal;
 

@@ -17,14 +17,14 @@ use a3s_box_proto::{Hook, Process, Seccomp};
 use anyhow::{Context, Result, anyhow, bail};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::{Gid, Pid, Uid};
 use serde_json::Value;
 
-use crate::seccomp;
 use crate::stdio::Ends;
 use crate::terminal::Terminal;
+use crate::{reap, seccomp};
 
 const STATUS: RawFd = 3;
 const GATE: RawFd = 4;
@@ -77,6 +77,17 @@ impl Story {
             None,
         );
         sent.map(drop).context("hand the terminal to pid 1")
+    }
+
+    /// Reports that all is ready and waits for the start.
+    fn wait_gate(&mut self) -> Result<()> {
+        self.pipe.write_all(b"R").context("report")?;
+        // SAFETY: `arrange` put the gate there, and nothing else owns that number.
+        let mut gate = unsafe { File::from_raw_fd(GATE) };
+        if gate.read(&mut [0]).context("wait for start")? == 0 {
+            leave(1);
+        }
+        Ok(())
     }
 
     /// Reports a failure and ends.
@@ -142,15 +153,28 @@ pub fn become_workload(
     story.fail(&error)
 }
 
+/// Becomes the process that holds what a pod's containers share: without privilege, it waits for SIGTERM or SIGINT, and
+/// for the processes that lose their parent in its pid namespace.
+pub fn become_idle(mut story: Story) -> ! {
+    if let Err(error) = become_user(&Process::default()).and_then(|()| story.wait_gate()) {
+        story.fail(&error);
+    }
+    drop(story);
+    // What is blocked is not ignored, even where it is pid 1 that gets it.
+    let awaited: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD].into_iter().collect();
+    let _ = awaited.thread_block();
+    loop {
+        match awaited.wait() {
+            Ok(Signal::SIGCHLD) => drop(reap::collect()),
+            Ok(_) => leave(0),
+            Err(_) => {}
+        }
+    }
+}
+
 fn wait_gate(command: Command, story: &mut Story, start: Option<(&[Hook], &Value)>) -> Result<Command> {
     if let Some((hooks, state)) = start {
-        story.pipe.write_all(b"R").context("report")?;
-        // SAFETY: `arrange` put the gate there, and nothing else owns that number.
-        let mut gate = unsafe { File::from_raw_fd(GATE) };
-        let mut byte = [0];
-        if gate.read(&mut byte).context("wait for start")? == 0 {
-            leave(1);
-        }
+        story.wait_gate()?;
         run_hooks(hooks, state, &command.env)?;
     }
     Ok(command)

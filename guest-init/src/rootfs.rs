@@ -13,19 +13,21 @@ use a3s_box_mount::{
     Errno, Kind, OFlags, Place, Root, attach, clone_tree, clone_tree_at, copy_tree, errno_words, file_system,
     is_directory, open_path, set_attributes, set_propagation,
 };
-use a3s_box_proto::{Attributes, Container, Mount, Source};
+use a3s_box_proto::{Attributes, Container, Mount, ROOTFS, Source};
 use anyhow::{Context, Result, anyhow};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::sys::statfs::FUSE_SUPER_MAGIC;
 
+use crate::shared_memory;
 use crate::terminal::{self, Terminal};
 
 /// Makes the container's tree and enters it. The caller is alone in a new mount namespace.
 pub fn enter(container: &Container) -> Result<Option<Terminal>> {
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>).context("make mounts private")?;
-    let rootfs = Path::new("/").join(&container.rootfs);
+    let exported = Path::new("/").join(&container.place);
+    let rootfs = exported.join(ROOTFS);
     let itself = MsFlags::MS_BIND | MsFlags::MS_REC;
     visit(&rootfs, &container.attributes)?;
     mount(Some(&rootfs), &rootfs, None::<&str>, itself, None::<&str>).context("bind the root file system")?;
@@ -33,7 +35,7 @@ pub fn enter(container: &Container) -> Result<Option<Terminal>> {
     let root = Root::current_dir()?;
     set_below(&root, &container.attributes)?;
     for planned in &container.mounts {
-        add(&root, planned).with_context(|| format!("mount {}", planned.destination.display()))?;
+        add(&root, planned, &exported).with_context(|| format!("mount {}", planned.destination.display()))?;
     }
     crate::devices::make(&root, &container.devices)?;
     let is_bound =
@@ -42,9 +44,7 @@ pub fn enter(container: &Container) -> Result<Option<Terminal>> {
         fill_dev(&root)?;
     }
     hide(&root, container)?;
-    nix::unistd::pivot_root(".", ".").context("pivot_root")?;
-    umount2(".", MntFlags::MNT_DETACH).context("detach the guest's root")?;
-    std::env::set_current_dir("/").context("enter the new root")?;
+    pivot()?;
     // As runc: a missing working directory is made, where the file system lets it.
     let _ = fs::create_dir_all(Path::new("/").join(&container.process.cwd));
     let terminal = terminal::of(&container.process)?;
@@ -57,11 +57,31 @@ pub fn enter(container: &Container) -> Result<Option<Terminal>> {
     Ok(terminal)
 }
 
-fn add(root: &Root, planned: &Mount) -> Result<()> {
+/// Enters an empty root, for a process that needs none.
+pub fn enter_nothing() -> Result<()> {
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).context("make mounts private")?;
+    let hardened =
+        libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    let empty = file_system("tmpfs", "none", &["mode=0555".into(), "size=4k".into()], hardened)?;
+    attach(&empty, open_path(Path::new("/tmp")).context("open the mount point")?)?;
+    nix::unistd::fchdir(&empty).context("enter the empty root")?;
+    pivot()
+}
+
+/// Makes the current directory the root.
+fn pivot() -> Result<()> {
+    nix::unistd::pivot_root(".", ".").context("pivot_root")?;
+    umount2(".", MntFlags::MNT_DETACH).context("detach the guest's root")?;
+    std::env::set_current_dir("/").context("enter the new root")
+}
+
+/// `exported` is where the container's exports lie.
+fn add(root: &Root, planned: &Mount, exported: &Path) -> Result<()> {
     let destination = &planned.destination;
     let mount = match &planned.source {
         Source::Export(path) => {
-            let (tree, kind) = exported(path, &planned.attributes)?;
+            let (tree, kind) = copy_of(&exported.join(path), &planned.attributes)?;
             set_attributes(&tree, planned.attributes.own, false)?;
             attach(&tree, root.place(destination, kind)?)?;
             set_below(&Root::new(tree.try_clone().context("the mount")?), &planned.attributes)?;
@@ -71,6 +91,12 @@ fn add(root: &Root, planned: &Mount) -> Result<()> {
             let tree = clone_tree_at(open_path(Path::new("/"))?, path, false)?;
             set_attributes(&tree, planned.attributes.own, false)?;
             attach(&tree, root.place(destination, Kind::File)?)?;
+            tree
+        }
+        Source::SharedMemory { name, .. } => {
+            let tree = shared_memory::tree(name)?;
+            set_attributes(&tree, planned.attributes.own, false)?;
+            attach(&tree, root.place(destination, Kind::Directory)?)?;
             tree
         }
         Source::FileSystem { kind, name, options, copy_up } => {
@@ -93,14 +119,13 @@ fn propagate(mount: &OwnedFd, flags: u64) -> Result<()> {
 }
 
 /// A private copy of a place in the exported tree.
-fn exported(path: &Path, attributes: &Attributes) -> Result<(OwnedFd, Kind)> {
-    let path = Path::new("/").join(path);
-    let mut source = open_path(&path).context("open the exported source")?;
+fn copy_of(path: &Path, attributes: &Attributes) -> Result<(OwnedFd, Kind)> {
+    let mut source = open_path(path).context("open the exported source")?;
     let mut kind = Kind::File;
     if is_directory(&source)? {
         // O_PATH stops before the submount that virtiofs announces here; what is wanted is that one.
-        source = File::open(&path).context("open the exported source")?.into();
-        visit(&path, attributes)?;
+        source = File::open(path).context("open the exported source")?.into();
+        visit(path, attributes)?;
         kind = Kind::Directory;
     }
     Ok((clone_tree(&source, true)?, kind))

@@ -30,6 +30,8 @@ struct Server {
     children: HashMap<Pid, Child>,
     /// Outputs whose owner is gone, read into nothing.
     drains: Vec<OwnedFd>,
+    /// Containers to be forgotten, and the connections that wait for it.
+    deletions: Vec<(u64, String)>,
     /// Set once a container was made: from then on an empty table ends the VM.
     used: bool,
 }
@@ -57,6 +59,7 @@ pub fn run(listener: OwnedFd) -> Result<Infallible> {
         containers: HashMap::new(),
         children: HashMap::new(),
         drains: Vec::new(),
+        deletions: Vec::new(),
         used: false,
     };
     loop {
@@ -243,6 +246,9 @@ impl Server {
                 && let Some(container) = self.containers.get_mut(&child.container)
             {
                 container.state = State::Stopped;
+                if container.is_among_others {
+                    let _ = container.signal_all(libc::SIGKILL);
+                }
             }
         }
     }
@@ -271,6 +277,7 @@ impl Server {
         let over: Vec<Pid> =
             self.children.iter().filter(|(_, c)| c.is_over() && c.owner.is_none()).map(|(p, _)| *p).collect();
         over.into_iter().for_each(|pid| self.forget(pid));
+        self.conclude_deletions();
     }
 
     fn forget(&mut self, pid: Pid) {

@@ -16,6 +16,7 @@ use crate::hooks;
 use crate::monitor::{self, Handle, Report};
 use crate::net;
 use crate::plan::{self, Hooks, Limits, Plan, Vm, cgroup::Place};
+use crate::pod::{self, Home};
 use crate::relay;
 use crate::store::{Entry, ProcessId, Record};
 use crate::terminal::Pty;
@@ -70,6 +71,7 @@ impl Drop for Born<'_> {
         self.record.cgroup.remove();
         // What went wrong before is what the caller is told.
         let _ = self.record.network.as_ref().map(net::clean);
+        let _ = pod::leave(entry.dir(), &self.record);
         if let Some(path) = self.pid_file {
             let _ = std::fs::remove_file(path);
         }
@@ -99,18 +101,29 @@ pub fn birth<'a>(
     let pty = super::terminal(&mut plan.guest.process, detached, &args.engine)?;
     crate::vmm::usable()?;
     context.log.debug(&format!("planned: {} vCPUs, {} MiB", plan.vm.vcpus, plan.vm.memory_mib));
-    let (namespace, network) = net::choose(&mut plan)?;
+    let mut sandbox = pod::find(&context.store, &plan.role)?;
+    let (namespace, network, home) = match &mut sandbox {
+        None => net::choose(&mut plan).map(|(namespace, network)| (namespace, network, None))?,
+        Some(sandbox) => {
+            let (home, namespace) = sandbox.admit(&context.store, &bundle, &mut plan)?;
+            (namespace, None, Some(home))
+        }
+    };
     let entry = context.store.create(&args.id)?;
-    let record = Record { network, ..record(&args.id, &bundle, &plan.vm, plan.hooks.clone())? };
+    let seat = home.as_ref().map(|home| home.seat.clone());
+    let vm = home.as_ref().map(|home| home.vm);
+    let record = Record { network, seat, vm, ..record(&args.id, &bundle, &plan.vm, plan.hooks.clone())? };
     let has_terminal = plan.guest.process.terminal.is_some();
     let mut born = Born { context, record, handle: None, pid_file: None, has_terminal, entry: Some(entry) };
     if let Some(place) = &place {
         born.record.cgroup = Cgroup::plan(place)?;
     }
     born.save()?;
+    // Its seat is known to others from here on.
+    drop(sandbox);
     let (early, late) = std::mem::take(&mut plan.limits).split();
     let seat = place.as_ref().map(|place| (place, &early));
-    raise(context, &mut born, plan, namespace, seat, signals, pty.as_ref())?;
+    raise(context, &mut born, (plan, namespace, home), seat, signals, pty.as_ref())?;
     let _ = born.record.cgroup.limit(&late)?;
     born.record.ready = true;
     born.save()?;
@@ -141,6 +154,8 @@ fn record(id: &str, bundle: &Bundle, vm: &Vm, hooks: Hooks) -> Result<Record> {
         memory_mib: vm.memory_mib,
         resources: resources(bundle)?,
         ready: false,
+        seat: None,
+        joined: 0,
         started: false,
         cgroup: Cgroup::default(),
         hooks,
@@ -163,16 +178,17 @@ fn resources(bundle: &Bundle) -> Result<serde_json::Value> {
 fn raise(
     context: &Context,
     born: &mut Born,
-    plan: Plan,
-    namespace: Option<File>,
+    (plan, namespace, home): (Plan, Option<File>, Option<Home>),
     place: Option<(&Place, &Limits)>,
     signals: Option<&SignalFd>,
     pty: Option<&Pty>,
 ) -> Result<()> {
     let entry = born.entry.as_ref().context("the container's directory")?;
-    entry.make_vm_dir()?;
+    if home.is_none() {
+        entry.make_vm_dir()?;
+    }
     let slave = pty.map(|pty| pty.slave.try_clone()).transpose().context("terminal")?;
-    let handle = monitor::spawn(plan, namespace, entry.dir(), slave)?;
+    let handle = monitor::spawn(plan, namespace, entry.dir(), home, slave)?;
     context.log.debug("monitor cloned");
     born.record.monitor = ProcessId::of(handle.pid);
     let handle = born.handle.insert(handle);
@@ -198,7 +214,8 @@ fn raise(
             }
             (Report::Phase(text), _) => context.log.debug(&text),
             (Report::Ready, _) => {
-                return born.record.vm.map_or(Ok(()), |vm| crate::vmm::close_nodes(vm.pid));
+                let own = born.record.vm.filter(|_| born.record.seat.is_none());
+                return own.map_or(Ok(()), |vm| crate::vmm::close_nodes(vm.pid));
             }
             (Report::Failed(text), _) => return Err(anyhow!(text)),
         }

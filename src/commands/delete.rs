@@ -9,6 +9,7 @@ use super::Context;
 use crate::cli;
 use crate::hooks;
 use crate::net;
+use crate::pod;
 use crate::store::{Entry, Error, Record, Status};
 use crate::vmm;
 
@@ -60,10 +61,11 @@ pub fn remove(context: &Context, entry: Entry, record: &Record) -> Result<()> {
     kill(record)?;
     record.cgroup.kill();
     record.cgroup.remove();
+    let left = pod::leave(entry.dir(), record);
     let cleaned = record.network.as_ref().map_or(Ok(()), net::clean);
     entry.remove()?;
     hooks::poststop(record, &context.log);
-    cleaned
+    left.and(cleaned)
 }
 
 /// Ends the monitor, and its VM with it.

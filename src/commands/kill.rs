@@ -71,6 +71,13 @@ fn settle(record: &Record, signal: i32, all: bool, asked: Result<Outcome>) -> Re
 
 /// The guest took the SIGKILL. A guest kernel that then does not let go of the process loses its VM.
 fn end(record: &Record) -> Result<i32> {
+    if record.seat.is_some() {
+        // The VM is others' as well: what it does not let go of has lost its monitor at least.
+        if !record.ends_within(GRACE) {
+            signal_monitor(record, libc::SIGKILL)?;
+        }
+        return Ok(0);
+    }
     if let Some(vm) = record.vm
         && let Ok(pidfd) = vmm::pidfd_open(vm.pid)
         && vm.is_alive()

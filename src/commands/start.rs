@@ -11,7 +11,8 @@ use crate::guest::{self, Connection};
 use crate::hooks;
 use crate::monitor::{self, End};
 use crate::net::{self, localhost};
-use crate::store::{Entry, Record, Status, VM_DIR};
+use crate::pod;
+use crate::store::{Entry, Record, Status};
 use crate::vmm;
 use a3s_box_proto::{Outcome, Request};
 
@@ -112,5 +113,5 @@ pub fn connect(dir: &Path, record: &Record, wait: Duration) -> Result<Connection
 /// Dials the guest that a container lives in.
 pub fn dial(dir: &Path, record: &Record) -> Result<UnixStream> {
     let Some(vm) = record.vm.filter(|vm| vm.is_alive()) else { bail!("container not running") };
-    guest::dial(&dir.join(VM_DIR), vm.pid)
+    guest::dial(&pod::vm_dir(dir, record), vm.pid)
 }

@@ -13,7 +13,7 @@ pub mod tree;
 
 use std::collections::HashSet;
 use std::os::fd::{OwnedFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use a3s_box_mount::{
     Kind, Root, attach, clone_tree, clone_tree_at, errno_words, file_system, open_path, set_attributes,
@@ -22,11 +22,12 @@ use anyhow::{Context, Result, anyhow};
 use caps::{CapSet, Capability};
 use libseccomp::{ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use rustix::fs::{AtFlags, FileType, Gid, Mode, Uid, chownat, mknodat};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, Uid, chownat, mkdirat, mknodat};
 use rustix::io::Errno;
 
 use tree::Export;
 
+use crate::plan::{MEMBERS, exported};
 use crate::userns;
 
 /// Paths inside the vmm's jail.
@@ -56,8 +57,12 @@ impl Jail {
         nix::unistd::fchdir(&base).context("enter the jail's root")?;
         let root = Root::current_dir()?;
         // The guest's root: mount points for its own file systems, and a place for each container.
-        for dir in ["export/dev", "export/proc", "export/sys", "export/tmp"] {
+        for dir in ["export/dev", "export/proc", "export/shm", "export/sys", "export/tmp"] {
             root.place(Path::new(dir), Kind::Directory)?;
+        }
+        for number in 0..=MEMBERS {
+            let place = Path::new("export").join(exported(number));
+            mkdirat(&base, place, Mode::from_raw_mode(0o755)).context("make a container's place")?;
         }
         attach(run, root.place(Path::new(RUN), Kind::Directory)?)?;
         // libkrun reopens files by /proc/self/fd; no other part of procfs is needed or wanted.
@@ -81,7 +86,7 @@ impl Jail {
         let root = Root::current_dir()?;
         for export in exports {
             let kind = if export.is_dir { Kind::Directory } else { Kind::File };
-            let path = PathBuf::from(EXPORT).join(&export.place);
+            let path = Path::new(EXPORT).join(exported(0)).join(&export.place);
             attach(export.mount, root.place(&path, kind)?)
                 .with_context(|| format!("export {}", path.display()))?;
         }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use a3s_box_mount::{Kind, errno_words, open_path};
 use a3s_box_proto::{Attributes, Mount, Source};
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::fs::{FileType, StatFs, fstat, fstatfs, major, minor};
+use rustix::fs::{FileType, Stat, StatFs, fstat, fstatfs, major, minor};
 
 use crate::plan::{Bind, options};
 
@@ -76,7 +76,7 @@ fn look(bind: &Bind, guest: &mut Mount, table: &MountTable) -> Result<Opened> {
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => {
             opened.kind = Kind::Directory;
-            if let Some(own) = guests_own(&bind.destination, &volume) {
+            if let Some(own) = guests_own(&bind.destination, &stat, &volume) {
                 guest.source = own;
                 opened.exported = false;
                 return Ok(opened);
@@ -110,7 +110,7 @@ fn guests_device(device: u64) -> Result<PathBuf> {
 }
 
 /// The guest's own file system in the place of the host's: namespaces are never shared with a VM.
-fn guests_own(destination: &Path, volume: &StatFs) -> Option<Source> {
+fn guests_own(destination: &Path, stat: &Stat, volume: &StatFs) -> Option<Source> {
     let kind = volume.f_type as u64;
     let file_system = |kind: &str, options| Source::FileSystem {
         kind: kind.into(),
@@ -123,7 +123,9 @@ fn guests_own(destination: &Path, volume: &StatFs) -> Option<Source> {
         let mut options = vec!["mode=1777".to_string()];
         // A tmpfs without a bound says 0.
         options.extend((size > 0).then(|| format!("size={size}")));
-        return Some(file_system("tmpfs", options));
+        // Containers that are given the same on the host have the same in their VM.
+        let name = format!("{}-{}", stat.st_dev, stat.st_ino);
+        return Some(Source::SharedMemory { name, options });
     }
     let (_, _, name) = KERNEL.iter().find(|(at, magic, _)| destination == Path::new(at) && kind == *magic)?;
     Some(file_system(name, Vec::new()))

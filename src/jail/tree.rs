@@ -11,7 +11,7 @@ use a3s_box_mount::{
     self as mount, Kind, Root, attach, change_attributes, clone_tree, errno_words, file_system, open_path,
     set_attributes, set_propagation,
 };
-use a3s_box_proto::{Container, Mount, Source};
+use a3s_box_proto::{Container, Mount, ROOTFS, Source};
 use anyhow::{Context, Result, anyhow};
 use nix::mount::{MntFlags, umount2};
 
@@ -48,7 +48,7 @@ pub fn open(tree: Tree, guest: &mut Container) -> Result<Sources> {
 
 /// A detached mount for the VM's export and its place there.
 pub struct Export {
-    /// Below the exported tree's root.
+    /// Its name in the container's place.
     pub place: PathBuf,
     /// Whether the place must be a directory.
     pub is_dir: bool,
@@ -66,7 +66,7 @@ impl Sources {
         set_propagation(&root, libc::MS_PRIVATE | libc::MS_REC)?;
         set_attributes(&root, EXPORT, true)?;
         set_attributes(&root, read_only(self.tree.readonly), false)?;
-        exports.push(Export { place: crate::plan::mounts::exported_rootfs(), is_dir: true, mount: root });
+        exports.push(Export { place: ROOTFS.into(), is_dir: true, mount: root });
         for (bind, source) in self.tree.binds.iter().zip(&self.binds).filter(|(_, source)| source.exported) {
             let mount = bind_mount(bind, source)?;
             set_attributes(&mount, EXPORT, true)?;

@@ -29,10 +29,14 @@ pub use machine::Machine;
 pub use mounts::{Bind, Tree};
 pub use vm::Vm;
 
+use crate::sandbox::{self, Role};
+
 /// Everything that `create` acts on. Each part moves to the stage that needs it.
 #[derive(Debug)]
 pub struct Plan {
-    /// The virtual machine.
+    /// Which VM it lives in.
+    pub role: Role,
+    /// The virtual machine, if it starts one.
     pub vm: Vm,
     /// What the host assembles for it.
     pub tree: Tree,
@@ -71,6 +75,8 @@ pub struct Namespaces {
     pub uts: Namespace,
     /// `user`
     pub user: Namespace,
+    /// `pid`, which only the guest can share.
+    pub pid: Namespace,
     /// User ids of a new user namespace.
     pub uids: Vec<IdMap>,
     /// Group ids of a new user namespace.
@@ -101,7 +107,9 @@ pub struct IdMap {
 
 /// Plans a container. `rootfs` is the absolute path of its root file system on the host.
 pub fn plan(id: &str, spec: &Spec, machine: &Machine, rootfs: &Path, bundle: &Path) -> Result<Plan> {
-    let namespaces = namespaces(spec)?;
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    let role = sandbox::role(&annotations)?;
+    let namespaces = namespaces(spec, &role)?;
     let (tree, mounts) = mounts::plan(spec, rootfs, bundle)?;
     let linux = spec.linux().as_ref();
     let profile = linux.and_then(|linux| linux.seccomp().as_ref());
@@ -110,10 +118,11 @@ pub fn plan(id: &str, spec: &Spec, machine: &Machine, rootfs: &Path, bundle: &Pa
     let process =
         spec.process().as_ref().context("process: config.json has none, there is nothing to run")?;
     let hooks = hooks::plan(spec)?;
-    let annotations = spec.annotations().clone().unwrap_or_default();
     let guest = proto::Container {
         id: id.to_string(),
-        rootfs: mounts::exported_rootfs(),
+        place: exported(0),
+        idle: role == Role::Sandbox,
+        shared: None,
         attributes: proto::Attributes::default(),
         propagation: propagation(linux.and_then(|linux| linux.rootfs_propagation().as_deref()))?,
         hostname: spec.hostname().clone(),
@@ -136,7 +145,15 @@ pub fn plan(id: &str, spec: &Spec, machine: &Machine, rootfs: &Path, bundle: &Pa
     let network = network::plan(spec)?;
     let vm = vm::plan(spec, machine)?;
     let limits = host::bounds(vm.memory_mib).and(resources.map_or(Ok(Limits::default()), host::limits)?);
-    Ok(Plan { vm, tree, network, namespaces, guest, hooks, limits })
+    Ok(Plan { role, vm, tree, network, namespaces, guest, hooks, limits })
+}
+
+/// How many containers a VM has room for, besides the one that it was started for.
+pub const MEMBERS: u16 = 64;
+
+/// The place of a container in the exported tree of its VM, by number.
+pub fn exported(number: u16) -> PathBuf {
+    PathBuf::from(format!("c{number}"))
 }
 
 fn paths(list: Option<&Vec<String>>) -> Vec<PathBuf> {
@@ -151,7 +168,7 @@ fn propagation(word: Option<&str>) -> Result<u64> {
     }
 }
 
-fn namespaces(spec: &Spec) -> Result<Namespaces> {
+fn namespaces(spec: &Spec, role: &Role) -> Result<Namespaces> {
     let mut found = Namespaces::default();
     let mut seen = Vec::new();
     for entry in spec.linux().iter().filter_map(|linux| linux.namespaces().as_ref()).flatten() {
@@ -172,6 +189,8 @@ fn namespaces(spec: &Spec) -> Result<Namespaces> {
             LinuxNamespaceType::Ipc => found.ipc = wanted,
             LinuxNamespaceType::Uts => found.uts = wanted,
             LinuxNamespaceType::User => found.user = wanted,
+            // Another container's of the same VM.
+            LinuxNamespaceType::Pid if matches!(role, Role::Member { .. }) => found.pid = wanted,
             // The guest makes these of its own for every container.
             LinuxNamespaceType::Pid
             | LinuxNamespaceType::Mount

@@ -33,7 +33,7 @@ pub struct Bind {
     pub source: PathBuf,
     /// Where it appears in the container, normalized and absolute.
     pub destination: PathBuf,
-    /// Its place below the exported tree's root.
+    /// Its name beside the root file system in the exported tree.
     pub export: PathBuf,
     /// Whether mounts below the source come along.
     pub recursive: bool,
@@ -74,15 +74,6 @@ pub struct IdMap {
 /// Types that the guest mounts itself.
 const GUEST_TYPES: [&str; 8] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "ramfs"];
 
-/// Where the root file system lies in the exported tree.
-pub fn exported_rootfs() -> PathBuf {
-    PathBuf::from("c0/rootfs")
-}
-
-fn exported_bind(index: usize) -> PathBuf {
-    PathBuf::from(format!("c0/{index}"))
-}
-
 /// Splits the mounts between host and guest.
 pub fn plan(spec: &Spec, rootfs: &Path, bundle: &Path) -> Result<(Tree, Vec<GuestMount>)> {
     let readonly = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
@@ -122,7 +113,7 @@ impl Split<'_> {
                 index,
                 source: bind_source(mount, field, self.bundle)?,
                 destination: destination.clone(),
-                export: exported_bind(index),
+                export: index.to_string().into(),
                 recursive: options.recursive,
                 follows: options.propagation & libc::MS_SLAVE != 0,
                 own: options.own,
@@ -130,7 +121,7 @@ impl Split<'_> {
                 ids,
                 after_places: self.tree.places.len(),
             });
-            Source::Export(exported_bind(index))
+            Source::Export(index.to_string().into())
         } else {
             self.tree.places.push(Place { index, destination: destination.clone(), kind: kind.into() });
             let name = mount.source().as_ref().map_or(kind.into(), |s| s.to_string_lossy().into_owned());

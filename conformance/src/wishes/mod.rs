@@ -26,6 +26,7 @@ mod mount_order;
 mod mounts;
 mod network;
 mod pause;
+mod pods;
 mod resources;
 mod run;
 mod seccomp;
@@ -67,6 +68,7 @@ pub fn all() -> Vec<Case> {
             mount_order::cases(),
             kill::cases(),
             pause::cases(),
+            pods::cases(),
             death::cases(),
             identity::cases(),
             network::cases(),

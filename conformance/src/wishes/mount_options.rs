@@ -17,10 +17,11 @@ use crate::world::World;
 
 /// Mounts of the host's own, gone when dropped.
 #[derive(Default)]
-struct HostMounts(Vec<PathBuf>);
+pub struct HostMounts(Vec<PathBuf>);
 
 impl HostMounts {
-    fn add(&mut self, args: &[&str], place: &Path) -> Result<()> {
+    /// Mounts once more.
+    pub fn add(&mut self, args: &[&str], place: &Path) -> Result<()> {
         let mut command = Command::new("mount");
         command.args(args).arg(place);
         process::run(command, b"", std::time::Duration::from_secs(10))?.code(0)?;

@@ -12,8 +12,14 @@ use serde::{Deserialize, Serialize};
 pub struct Container {
     /// Container id.
     pub id: String,
-    /// Its root file system, below the exported tree's root.
-    pub rootfs: PathBuf,
+    /// Its place below the exported tree's root: its root file system is [`ROOTFS`] there, beside its
+    /// [`Source::Export`]s.
+    pub place: PathBuf,
+    /// Whether it runs nothing and only holds what the containers of a pod share: its first process ends by SIGTERM or
+    /// SIGINT. It has no file systems, and no program.
+    pub idle: bool,
+    /// What it shares with containers that are there already.
+    pub shared: Option<Shared>,
     /// The root's attributes, set once all mount points exist.
     pub attributes: Attributes,
     /// The root's propagation: `MS_*` of mount(2), 0 for private.
@@ -50,6 +56,27 @@ pub struct Container {
     pub hooks: Vec<Hook>,
     /// The container's state for them, but for the pid.
     pub state: serde_json::Value,
+}
+
+/// The root file system's name in a container's place.
+pub const ROOTFS: &str = "rootfs";
+
+/// What a container shares with others of its VM. All else is its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shared {
+    /// The container whose namespaces it may share.
+    pub with: String,
+    /// Whether it shares the network.
+    pub network: bool,
+    /// Whether it shares System V IPC and message queues.
+    pub ipc: bool,
+    /// Whether it shares host and domain name.
+    pub uts: bool,
+    /// Whether it shares the user namespace, where there is one.
+    pub user: bool,
+    /// The container whose processes it sees and is seen by.
+    pub pid: Option<String>,
 }
 
 /// A hook: a program run at a point of the container's life.
@@ -253,8 +280,15 @@ pub struct Attributes {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub enum Source {
-    /// A place in the exported tree, below its root.
+    /// A place in the exported tree, below the container's own.
     Export(PathBuf),
+    /// Shared memory, which all containers of the VM that name it have in common.
+    SharedMemory {
+        /// Which: a single component of a path.
+        name: String,
+        /// Options of the tmpfs, for the first that names it.
+        options: Vec<String>,
+    },
     /// A device of the guest's own, by its path below the guest's root.
     Device(PathBuf),
     /// A file system of the guest's own.

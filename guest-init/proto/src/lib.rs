@@ -20,7 +20,7 @@ pub use message::*;
 
 /// Version of this protocol. Both ends come out of one binary, so it only ever differs when an old
 /// container's guest is addressed by a newer a3s-box; the greeting tells.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// The vsock port on which guest-init listens; the host's socket is mapped to it.
 pub const CONTROL_PORT: u32 = 1024;

@@ -95,6 +95,11 @@ pub enum Request {
         /// Container id.
         container: String,
     },
+    /// End a container and forget it. The outcome comes once nothing of its files is in use.
+    Delete {
+        /// Container id.
+        container: String,
+    },
     /// The owner has taken note of its process's exit; the guest may forget it.
     Acknowledge,
 }
@@ -239,7 +244,9 @@ mod tests {
     fn container() -> Container {
         Container {
             id: "c1".into(),
-            rootfs: "c/rootfs".into(),
+            place: "c".into(),
+            idle: false,
+            shared: None,
             attributes: Attributes { own: 1, below: vec![("data".into(), 0)] },
             propagation: 1 << 17,
             hostname: Some("box".into()),

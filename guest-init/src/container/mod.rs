@@ -5,9 +5,10 @@
 
 mod device_filter;
 mod limits;
+mod shared;
 mod user;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -21,14 +22,13 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{Pid, pipe2};
 
 use crate::boot::set;
-use crate::process::{Pipes, Side, arrange, become_workload, fork, leave, words};
+use crate::process::{Pipes, Side, arrange, become_idle, become_workload, fork, leave, words};
+use crate::shared_memory;
 use crate::stdio::{self, Stdio};
 use crate::terminal::{self, Terminal};
 use limits::Cgroup;
+use shared::Shared;
 use user::User;
-
-/// Namespaces that every container has of its own, besides those that may belong to a user namespace.
-const NAMESPACES: libc::c_int = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
 
 /// How far a container has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,8 @@ pub struct Container {
     mounts: Option<File>,
     /// Its user namespace, where it has one.
     user: Option<OwnedFd>,
+    /// Whether its processes live among another container's: then the end of the first one does not end the others.
+    pub is_among_others: bool,
 }
 
 /// A process just cloned: who it is, its streams, and the pipe on which it tells how it goes.
@@ -73,46 +75,53 @@ pub struct Born {
     pub status: OwnedFd,
 }
 
-/// Clones the first process of a container into namespaces of its own; there it builds the rest.
-pub fn create(spec: &proto::Container) -> Result<(Container, Born)> {
+/// Clones the first process of a container into namespaces of its own, or those of `others` that it shares; there it
+/// builds the rest.
+pub fn create(spec: &proto::Container, others: &HashMap<String, Container>) -> Result<(Container, Born)> {
+    let shared = Shared::open(spec, others)?;
+    shared_memory::prepare(&spec.mounts)?;
     let cgroup = Cgroup::create(spec)?;
-    let (stdio, ends) = stdio::of(&spec.process)?;
-    let (status, child_status) = status()?;
-    let (child_gate, gate) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
-    let user = spec.user.as_ref().map(User::create).transpose()?;
-    let namespaces = if user.is_some() { NAMESPACES } else { NAMESPACES | user::OWNED };
-    let child_user = user.as_ref().map(|user| user.fd.try_clone()).transpose().context("user namespace")?;
-    let pid = match fork(namespaces)? {
-        Side::Parent(pid) => pid,
-        Side::Child => {
-            let entered = user.as_ref().map_or(Ok(()), User::enter_owned);
-            let pipes = Pipes { status: child_status, gate: Some(child_gate), user: child_user };
-            let story = arrange(ends, pipes);
-            match entered.and_then(|()| build(spec, &cgroup)) {
-                Ok(terminal) => become_workload(
-                    &spec.process,
-                    terminal,
-                    spec.seccomp.as_ref(),
-                    story,
-                    Some((&spec.hooks, &spec.state)),
-                ),
-                Err(error) => story.fail(&error),
-            }
-        }
-    };
+    let (born, gate, user) = bear(spec, &shared, &cgroup).inspect_err(|_| cgroup.remove())?;
     let container = Container {
-        init: pid,
+        init: born.pid,
         state: State::Creating,
         gate: Some(gate),
-        pidfd: pidfd_open(pid)?,
+        pidfd: pidfd_open(born.pid)?,
         cgroup,
         seccomp: spec.seccomp.clone(),
         own_time: spec.time_offsets.is_some(),
         personality: spec.personality,
-        mounts: File::open(format!("/proc/{pid}/ns/mnt")).ok(),
-        user: user.map(|user| user.fd),
+        mounts: File::open(format!("/proc/{}/ns/mnt", born.pid)).ok(),
+        user,
+        is_among_others: shared.has_pid(),
     };
-    Ok((container, Born { pid, stdio, status }))
+    Ok((container, born))
+}
+
+/// Clones the first process. Out: that, its gate and its user namespace.
+fn bear(
+    spec: &proto::Container,
+    shared: &Shared,
+    cgroup: &Cgroup,
+) -> Result<(Born, OwnedFd, Option<OwnedFd>)> {
+    let (stdio, ends) = stdio::of(&spec.process)?;
+    let (status, child_status) = status()?;
+    let (child_gate, gate) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
+    let own_user = spec.user.as_ref().filter(|_| shared.user.is_none()).map(User::create).transpose()?;
+    let user = own_user.as_ref().map(|user| &user.fd).or(shared.user.as_ref());
+    let user = user.map(OwnedFd::try_clone).transpose().context("user namespace")?;
+    let child_user = user.as_ref().map(OwnedFd::try_clone).transpose().context("user namespace")?;
+    if let Side::Parent(pid) = shared.fork(own_user.is_none())? {
+        return Ok((Born { pid, stdio, status }, gate, user));
+    }
+    let entered = own_user.as_ref().map_or(Ok(()), User::enter_owned).and_then(|()| shared.enter());
+    let story = arrange(ends, Pipes { status: child_status, gate: Some(child_gate), user: child_user });
+    let start = Some((spec.hooks.as_slice(), &spec.state));
+    match entered.and_then(|()| build(spec, cgroup)) {
+        Ok(_) if spec.idle => become_idle(story),
+        Ok(terminal) => become_workload(&spec.process, terminal, spec.seccomp.as_ref(), story, start),
+        Err(error) => story.fail(&error),
+    }
 }
 
 /// A socket rather than a pipe, for a terminal's ends travel on it. It ends at execve as a pipe would.
@@ -140,7 +149,7 @@ fn build(spec: &proto::Container, cgroup: &Cgroup) -> Result<Option<Terminal>> {
         own_time(offsets).context("time namespace")?;
     }
     set_personality(spec.personality)?;
-    crate::rootfs::enter(spec)
+    if spec.idle { crate::rootfs::enter_nothing().map(|()| None) } else { crate::rootfs::enter(spec) }
 }
 
 /// Moves the calling process into a time namespace of its own: unshare alone does so for children only, and the

@@ -3,11 +3,12 @@
 //! In: a request and the connection that made it. Out: its outcome, or nothing where it comes later or none is due.
 //! Must not: wait.
 
-use a3s_box_proto::{self as proto, Nic, Outcome, Request, Setting, Size, Target};
+use a3s_box_proto::{self as proto, Nic, Outcome, Reply, Request, Setting, Size, Target};
 use anyhow::Result;
 use nix::unistd::Pid;
 
 use super::Server;
+use crate::boot;
 use crate::container::{self, Born, Container, State};
 use crate::net;
 use crate::reap::{self, Child, Role};
@@ -48,6 +49,10 @@ impl Server {
                 Some(container) => Outcome::Stats(container.stats()),
                 None => Outcome::NotFound,
             }),
+            Request::Delete { container } => {
+                self.delete(id, container);
+                None
+            }
             Request::Acknowledge => {
                 self.acknowledge(id);
                 None
@@ -70,7 +75,7 @@ impl Server {
         if self.is_owner(id) || self.containers.contains_key(&spec.id) {
             return Some(Outcome::Busy { reason: "container with given ID already exists".into() });
         }
-        match container::create(spec) {
+        match container::create(spec, &self.containers) {
             Ok((container, born)) => {
                 self.containers.insert(spec.id.clone(), container);
                 self.used = true;
@@ -162,6 +167,27 @@ impl Server {
             return reap::signal_outcome(container::send(pid, libc::SIGKILL));
         }
         reap::signal_outcome(container::send(pid, signal))
+    }
+
+    fn delete(&mut self, id: u64, name: String) {
+        if let Some(container) = self.containers.get(&name) {
+            let _ = container.signal_all(libc::SIGKILL);
+        }
+        self.deletions.push((id, name));
+    }
+
+    /// Answers for containers that are forgotten by now.
+    pub(super) fn conclude_deletions(&mut self) {
+        let (waiting, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.deletions)
+            .into_iter()
+            .partition(|(_, name)| self.containers.contains_key(name));
+        self.deletions = waiting;
+        if !gone.is_empty() {
+            boot::let_go();
+        }
+        for (id, _) in gone {
+            self.reply(Some(id), &Reply::Outcome(Outcome::Done));
+        }
     }
 
     fn resize(&mut self, id: u64, size: Size) -> Outcome {
