@@ -24,6 +24,9 @@ use crate::stdio;
 /// How long a connection may take to be made.
 const PATIENCE: Duration = Duration::from_secs(5);
 const HEADER: usize = 16;
+/// The sizes of `struct ifinfomsg` and of an attribute's header.
+const IFINFOMSG: usize = 16;
+const ATTRIBUTE: usize = 4;
 /// Where `struct ifinfomsg` has its index.
 const INDEX: std::ops::Range<usize> = 4..8;
 
@@ -41,7 +44,7 @@ pub fn plug(pid: Pid, nics: &[Nic], settings: &[Setting]) -> Result<()> {
 }
 
 fn move_nic(netlink: &mut Netlink, pid: Pid, nic: &Nic) -> Result<()> {
-    let name = format!("eth{}", nic.slot);
+    let name = spare_name(nic.slot);
     let index = nix::net::if_::if_nametoindex(CString::new(name.clone())?.as_c_str())
         .with_context(|| format!("the VM has no NIC {name}"))?;
     let mut link = nic.link.clone();
@@ -51,6 +54,31 @@ fn move_nic(netlink: &mut Netlink, pid: Pid, nic: &Nic) -> Result<()> {
     link.body.extend(libc::IFLA_NET_NS_PID.to_ne_bytes());
     link.body.extend(pid.as_raw().to_ne_bytes());
     Ok(netlink.set(&link)?)
+}
+
+/// Moves a NIC, which is an interface of `pid`'s network namespace, back here.
+pub fn unplug(pid: Pid, slot: u8, index: u32) -> Result<()> {
+    let mut body = vec![0; IFINFOMSG];
+    body[INDEX].copy_from_slice(&index.to_ne_bytes());
+    let name = CString::new(spare_name(slot))?;
+    for (kind, value) in [
+        (libc::IFLA_NET_NS_PID, &Pid::this().as_raw().to_ne_bytes()[..]),
+        (libc::IFLA_IFNAME, name.to_bytes_with_nul()),
+    ] {
+        let length = ATTRIBUTE + value.len();
+        body.extend((length as u16).to_ne_bytes());
+        body.extend(kind.to_ne_bytes());
+        body.extend(value);
+        body.resize(body.len().next_multiple_of(4), 0);
+    }
+    let what = format!("interface {index}");
+    let link = Setting { what: what.clone(), kind: libc::RTM_NEWLINK, flags: 0, body };
+    inside(pid, Netlink::open)?.set(&link).context(what)
+}
+
+/// What a NIC is called that is no container's interface.
+fn spare_name(slot: u8) -> String {
+    format!("eth{slot}")
 }
 
 /// Clones a process that does `attempt` in the network namespace of `pid` and, if that succeeds, goes on with `go`,

@@ -86,14 +86,17 @@ fn plug(entry: &Entry, record: &mut Record, connection: &mut Connection) -> Resu
         record.network = Some(site.clone());
         entry.save(record)
     };
-    let Some((nics, settings)) = net::plug(&mut site, monitor, note)? else { return Ok(()) };
+    let Some(net::Plugged { nics, settings, standing }) = net::plug(&mut site, monitor, note)? else {
+        return Ok(());
+    };
     let request = Request::Plug { container: record.id.clone(), nics, settings };
     match connection.call(&request, guest::ANSWER)? {
-        Outcome::Done => localhost::spawn(&localhost::Place {
+        Outcome::Done => localhost::spawn(localhost::Place {
             id: &record.id,
             monitor: vmm::pidfd_open(monitor.pid)?,
             vm_dir: entry.open_vm_dir()?,
             cgroup: &record.cgroup,
+            standing,
         }),
         Outcome::Failed { text } => bail!("network: {}", guest::clean(&text)),
         other => bail!("the guest did not take the network: {other:?}"),

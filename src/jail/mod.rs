@@ -184,6 +184,11 @@ pub fn set_limits() {
 
 /// Gives up capabilities and the way to new ones.
 pub fn drop_privileges() -> Result<()> {
+    drop_privileges_but(&[])
+}
+
+/// The same, but for those capabilities that are kept.
+pub fn drop_privileges_but(kept: &[Capability]) -> Result<()> {
     nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
     let supported = caps::runtime::thread_all_supported();
     // Without CAP_SETPCAP the bounding set stays, and means nothing: no_new_privs bars every gain.
@@ -192,8 +197,12 @@ pub fn drop_privileges() -> Result<()> {
             caps::drop(None, CapSet::Bounding, capability).context("drop from the bounding set")?;
         }
     }
-    for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
+    for set in [CapSet::Ambient, CapSet::Inheritable] {
         caps::clear(None, set).with_context(|| format!("clear capabilities ({set:?})"))?;
+    }
+    let kept = kept.iter().copied().collect();
+    for set in [CapSet::Effective, CapSet::Permitted] {
+        caps::set(None, set, &kept).with_context(|| format!("set capabilities ({set:?})"))?;
     }
     Ok(())
 }

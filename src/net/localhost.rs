@@ -21,6 +21,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
 use super::steer::{Steering, steer};
+use super::watch::{self, Standing};
 use crate::cgroup::Cgroup;
 use crate::guest::{self, Connection};
 use crate::{jail, relay};
@@ -44,19 +45,21 @@ pub struct Place<'a> {
     pub vm_dir: OwnedFd,
     /// The container's cgroup.
     pub cgroup: &'a Cgroup,
+    /// For [`watch`], which lives beside.
+    pub standing: Option<Standing>,
 }
 
-/// Starts the process. What goes wrong after that is its own: the container works without it.
-pub fn spawn(place: &Place) -> Result<()> {
+/// Starts the process, and the watch. What goes wrong after that is its own: the container works without it.
+pub fn spawn(mut place: Place) -> Result<()> {
     // A process can only be born into another pid namespace: a helper enters it and bears the relay there.
     // SAFETY: this process has one thread.
     match unsafe { fork() }.context("fork")? {
         ForkResult::Parent { child } => ended_well(child),
-        ForkResult::Child => leave(i32::from(enter_and_bear(place).is_err())),
+        ForkResult::Child => leave(i32::from(enter_and_bear(&mut place).is_err())),
     }
 }
 
-fn ended_well(child: Pid) -> Result<()> {
+pub(super) fn ended_well(child: Pid) -> Result<()> {
     match waitpid(child, None) {
         Ok(WaitStatus::Exited(_, 0)) => Ok(()),
         _ => bail!("the relay for localhost did not start"),
@@ -68,7 +71,7 @@ fn leave(status: i32) -> ! {
     unsafe { libc::_exit(status) }
 }
 
-fn enter_and_bear(place: &Place) -> Result<()> {
+fn enter_and_bear(place: &mut Place) -> Result<()> {
     place.cgroup.join()?;
     setns(&place.monitor, CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNET)?;
     // Only a child of one that lives there is the monitor's when it is orphaned; any other would be the caller's to
@@ -77,13 +80,14 @@ fn enter_and_bear(place: &Place) -> Result<()> {
     ended_well(there)
 }
 
-fn live(place: &Place) -> Result<()> {
+fn live(place: &mut Place) -> Result<()> {
     nix::unistd::setsid().context("session")?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
     let null = null.into_raw_fd();
     (0..3).try_for_each(|fd| replace(null, fd))?;
     nix::unistd::fchdir(&place.vm_dir).context("enter the VM's directory")?;
     jail::keep_only(&[]);
+    let watch = place.standing.take().map(|standing| bear(|| watch::live(place.id, standing))).transpose()?;
     let namespace = File::open("/proc/self/ns/net").context("network namespace")?;
     let four = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listen")?;
     let six = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).ok();
@@ -92,7 +96,8 @@ fn live(place: &Place) -> Result<()> {
     jail::drop_privileges()?;
     relay::take_signals()?;
     let resolver = bear(|| resolve(place.id))?;
-    serve(place.id, four, six, steering, resolver)
+    let listeners = std::iter::once(four).chain(six).collect();
+    serve(place.id, listeners, steering, [Some(resolver), watch].into_iter().flatten().collect())
 }
 
 /// Makes `fd` what `from` is.
@@ -110,7 +115,7 @@ fn become_streams(socket: OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-fn bear(act: impl FnOnce() -> Result<()>) -> Result<Pid> {
+pub(super) fn bear(act: impl FnOnce() -> Result<()>) -> Result<Pid> {
     // SAFETY: this process has one thread.
     match unsafe { fork() }.context("fork")? {
         ForkResult::Parent { child } => Ok(child),
@@ -118,20 +123,15 @@ fn bear(act: impl FnOnce() -> Result<()>) -> Result<Pid> {
     }
 }
 
-fn serve(
-    id: &str,
-    four: TcpListener,
-    six: Option<TcpListener>,
-    steering: Result<Steering>,
-    resolver: Pid,
-) -> Result<()> {
+/// Relays connections, where they can be steered here.
+fn serve(id: &str, listeners: Vec<TcpListener>, steering: Result<Steering>, others: Vec<Pid>) -> Result<()> {
     let Ok(_steering) = steering else {
-        waitpid(resolver, None)?;
+        for pid in others {
+            waitpid(pid, None)?;
+        }
         return Ok(());
     };
-    let listeners: Vec<TcpListener> = std::iter::once(four).chain(six).collect();
-    // The resolver is one.
-    let mut children = 1;
+    let mut children = others.len();
     loop {
         let mut fds: Vec<_> = listeners.iter().map(|l| PollFd::new(l.as_fd(), PollFlags::POLLIN)).collect();
         poll(&mut fds, PollTimeout::NONE)?;
@@ -139,8 +139,8 @@ fn serve(
         for (listener, _) in listeners.iter().zip(ready).filter(|(_, ready)| *ready) {
             children -= reap(children >= MOST)?;
             let Ok((socket, _)) = listener.accept() else { continue };
-            bear(|| connect(id, socket))?;
-            children += 1;
+            // A connection for which there is no process is one that is refused.
+            children += usize::from(bear(|| connect(id, socket)).is_ok());
         }
     }
 }
@@ -176,14 +176,14 @@ fn connect(id: &str, socket: TcpStream) -> Result<()> {
     relayed
 }
 
-/// Asks the guest, from a process that may do nothing but this.
-fn dial(request: &Request) -> Result<Connection> {
+/// Asks the guest, from a process that may do nothing but this from then on.
+pub(super) fn dial(request: &Request) -> Result<Connection> {
     jail::confine_relay(&["socket", "connect"])?;
     let stream = UnixStream::connect(guest::SOCKET).context("the VM's socket")?;
     let mut connection = Connection::greet(stream, guest::ANSWER)?;
     match connection.call(request, guest::ANSWER)? {
         Outcome::Done => Ok(connection),
-        other => bail!("the guest did not connect: {other:?}"),
+        other => bail!("the guest did not do it: {other:?}"),
     }
 }
 

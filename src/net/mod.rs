@@ -12,6 +12,7 @@ mod redirect;
 mod snapshot;
 mod steer;
 mod tap;
+pub mod watch;
 
 use std::fs::File;
 use std::io;
@@ -34,16 +35,29 @@ use netlink::Netlink;
 use redirect::OWN_PORTS;
 use snapshot::Interface;
 pub use tap::{NODE, name};
+use watch::Standing;
+
+/// The range of local ports of whoever's network namespace it is.
+const PORTS: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 
 /// What a container has in its network namespace, for `start` and `delete`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Site {
-    /// The namespace, where it outlives the container: its path, device and inode.
-    lasting: Option<(PathBuf, u64, u64)>,
+    lasting: Option<Lasting>,
     /// How many NICs the VM has.
     nics: u8,
     /// Interfaces that are, or were about to be, cross-connected.
     connected: Vec<u32>,
+}
+
+/// A namespace that outlives the container.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Lasting {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    /// Its range of local ports, before [`OWN_PORTS`] was it.
+    ports: String,
 }
 
 /// Decides how the VM is connected. Out: the namespace to join, opened while its path means what the caller meant.
@@ -87,7 +101,10 @@ fn site(joined: Option<&(PathBuf, File)>, wanted: Option<u8>) -> Result<Site> {
     };
     let nics = count(path, file, wanted)?;
     let stat = file.metadata().with_context(|| shown(path))?;
-    Ok(Site { lasting: Some((path.clone(), stat.dev(), stat.ino())), nics, connected: Vec::new() })
+    let read = || std::fs::read_to_string(PORTS).context(PORTS);
+    let ports = netlink::inside(file.as_fd(), read).with_context(|| shown(path))?;
+    let lasting = Lasting { path: path.clone(), device: stat.dev(), inode: stat.ino(), ports };
+    Ok(Site { lasting: Some(lasting), nics, connected: Vec::new() })
 }
 
 /// How the joining of a namespace is named in errors.
@@ -105,9 +122,11 @@ fn count(path: &Path, file: &File, wanted: Option<u8>) -> Result<u8> {
             shown(path)
         );
     }
-    if is_of_process(path) {
+    let inhabitant = inhabitant(file);
+    if is_of_process(path) || inhabitant.is_some() {
+        let pid = inhabitant.map_or(String::new(), |pid| format!(" {pid}"));
         bail!(
-            "{}: taking over its traffic would cut off the process it belongs to (annotation {MODE}=tsi shares it)",
+            "{}: taking over its traffic would cut off process{pid} that is in it (annotation {MODE}=tsi shares it)",
             shown(path)
         );
     }
@@ -131,6 +150,12 @@ fn is_of_process(path: &Path) -> bool {
     names.next() == Some(Component::Normal("proc".as_ref()))
 }
 
+/// A process that lives in the namespace. Of those that this one does not see, nothing can be said.
+fn inhabitant(namespace: &File) -> Option<u32> {
+    let names = std::fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.filter_map(|name| name.to_str()?.parse().ok()).find(|pid| is_network_of(namespace, *pid))
+}
+
 fn is_network_of(fd: &File, pid: u32) -> bool {
     let other = std::fs::metadata(format!("/proc/{pid}/ns/net"));
     fd.metadata().ok().zip(other.ok()).is_some_and(|(a, b)| (a.dev(), a.ino()) == (b.dev(), b.ino()))
@@ -144,16 +169,26 @@ pub fn prepare(network: &Network, root: Option<Root>) -> Result<()> {
     (0..*nics).try_for_each(|slot| tap::make(slot, owner))?;
     Netlink::open()?.request(snapshot::up(snapshot::LOOPBACK, Vec::new()), 0).context("bring lo up")?;
     let range = format!("{} {}", OWN_PORTS.start(), OWN_PORTS.end());
-    std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", range).context("network namespace: local ports")
+    std::fs::write(PORTS, range).context(PORTS)
 }
 
-/// Connects the interfaces that are in the monitor's network namespace now. `note` records what is about to be done.
-/// Out: what makes the guest's NICs these interfaces, nothing where there are none.
+/// What makes the guest's NICs interfaces.
+pub struct Plugged {
+    /// NICs that move to the container.
+    pub nics: Vec<Nic>,
+    /// What is set there.
+    pub settings: Vec<Setting>,
+    /// For [`watch`], where the namespace is the container's own.
+    pub standing: Option<Standing>,
+}
+
+/// Connects the interfaces that are in the monitor's network namespace now; there may be none. `note` records what is
+/// about to be done.
 pub fn plug(
     site: &mut Site,
     monitor: ProcessId,
     note: impl FnOnce(&Site) -> Result<()>,
-) -> Result<Option<(Vec<Nic>, Vec<Setting>)>> {
+) -> Result<Option<Plugged>> {
     let namespace = File::open(format!("/proc/{}/ns/net", monitor.pid));
     let namespace = namespace.context("the container's network namespace")?;
     // The number may have become another process's before.
@@ -170,20 +205,28 @@ pub fn plug(
     for link in &site.connected {
         let _ = redirect::disconnect(&mut netlink, *link);
     }
+    redirect::refuse_taken(&mut netlink, &links.interfaces)?;
     let taps = links.taps.iter().map(|(_, index)| *index);
     site.connected = links.interfaces.iter().map(|interface| interface.index).chain(taps).collect();
     note(site)?;
     let settings =
         snapshot::settings(&mut netlink, &links.interfaces).context("read the network's settings")?;
-    let mut nics = Vec::new();
+    let (mut nics, mut taken) = (Vec::new(), Vec::new());
     for (slot, interface) in (0..).zip(&links.interfaces) {
-        let tap = links.taps.iter().find(|(of, _)| *of == slot).map(|(_, index)| *index);
+        let tap = links.tap(slot);
         let tap = tap.with_context(|| format!("network interface {}: it is gone", name(slot)))?;
-        connect(&mut netlink, interface, tap)
-            .with_context(|| format!("network interface {}", interface.name))?;
+        attach(&mut netlink, interface, tap)?;
         nics.push(snapshot::nic(slot, interface));
+        taken.push((slot, interface.index));
     }
-    Ok(Some((nics, settings)))
+    let standing = Standing { nics: site.nics, taken, settings: settings.clone() };
+    let standing = site.lasting.is_none().then_some(standing);
+    Ok(Some(Plugged { nics, settings, standing }))
+}
+
+/// Cross-connects an interface and the tap that takes its place.
+fn attach(netlink: &mut Netlink, interface: &Interface, tap: u32) -> Result<()> {
+    connect(netlink, interface, tap).with_context(|| format!("network interface {}", interface.name))
 }
 
 fn connect(netlink: &mut Netlink, interface: &Interface, tap: u32) -> Result<()> {
@@ -198,9 +241,9 @@ fn connect(netlink: &mut Netlink, interface: &Interface, tap: u32) -> Result<()>
     redirect::connect(netlink, interface.index, tap)
 }
 
-/// Removes taps and filters from a namespace that outlives the container. The container's processes are gone.
+/// Removes taps and filters from a namespace that outlives the container, and gives it its ports back. The container's processes are gone.
 pub fn clean(site: &Site) -> Result<()> {
-    let Some((path, device, inode)) = &site.lasting else { return Ok(()) };
+    let Some(Lasting { path, device, inode, ports }) = &site.lasting else { return Ok(()) };
     let shown = || format!("clean up network namespace {}", path.display());
     let file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -220,7 +263,7 @@ pub fn clean(site: &Site) -> Result<()> {
         link.header.index = index;
         netlink.request(RouteNetlinkMessage::DelLink(link), 0).with_context(shown)?;
     }
-    Ok(())
+    netlink::inside(file.as_fd(), || std::fs::write(PORTS, ports).context(PORTS)).with_context(shown)
 }
 
 #[cfg(test)]

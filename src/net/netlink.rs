@@ -8,11 +8,25 @@ use std::os::fd::BorrowedFd;
 
 use anyhow::{Context, Result, anyhow, bail};
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use nix::sched::{CloneFlags, setns};
+
+/// How often a dump is asked for whose objects change meanwhile.
+const ATTEMPTS: u8 = 10;
+
+/// Acts in a network namespace, which a thread of its own enters.
+pub fn inside<T: Send>(namespace: BorrowedFd<'_>, act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let enter = || {
+            setns(namespace, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
+            act()
+        };
+        scope.spawn(enter).join().map_err(|_| anyhow!("enter the network namespace: no thread"))?
+    })
+}
 
 /// A socket that stays in the network namespace in which it was opened.
 pub struct Netlink {
@@ -29,15 +43,9 @@ impl Netlink {
         Ok(Netlink { socket, sequence: 0 })
     }
 
-    /// In another one, which a thread of its own enters.
+    /// In another one.
     pub fn open_in(namespace: BorrowedFd<'_>) -> Result<Self> {
-        std::thread::scope(|scope| {
-            let enter = || {
-                setns(namespace, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
-                Self::open()
-            };
-            scope.spawn(enter).join().map_err(|_| anyhow!("enter the network namespace: no thread"))?
-        })
+        inside(namespace, Self::open)
     }
 
     /// Sends a request and waits until the kernel has done it.
@@ -52,15 +60,25 @@ impl Netlink {
         }
     }
 
-    /// Asks for all objects of a kind.
+    /// Asks for all objects of a kind, as they are at one time.
     pub fn dump(&mut self, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>> {
+        for _ in 0..ATTEMPTS {
+            if let Some(found) = self.try_dump(message.clone())? {
+                return Ok(found);
+            }
+        }
+        bail!("rtnetlink: what was asked for keeps changing")
+    }
+
+    fn try_dump(&mut self, message: RouteNetlinkMessage) -> Result<Option<Vec<RouteNetlinkMessage>>> {
         self.send(message, NLM_F_DUMP)?;
-        let mut found = Vec::new();
+        let (mut found, mut changed) = (Vec::new(), false);
         loop {
             for answer in self.receive()? {
+                changed |= answer.header.flags & NLM_F_DUMP_INTR != 0;
                 match answer.payload {
                     NetlinkPayload::InnerMessage(message) => found.push(message),
-                    NetlinkPayload::Done(_) => return Ok(found),
+                    NetlinkPayload::Done(_) => return Ok((!changed).then_some(found)),
                     NetlinkPayload::Error(error) => return Err(error.to_io().into()),
                     _ => bail!("rtnetlink: unexpected answer to a dump"),
                 }

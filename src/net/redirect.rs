@@ -17,10 +17,14 @@ use netlink_packet_route::tc::{
 };
 
 use super::netlink::Netlink;
+use super::snapshot::Interface;
 
 /// Local ports of sockets inside the namespace: above the guest's own default range, and one mask wide.
 pub const OWN_PORTS: RangeInclusive<u16> = 0xfc00..=0xffff;
 const OWN_PORTS_MASK: u16 = 0xfc00;
+
+/// The handle of what a link has one of: clsact, or the older ingress.
+const INGRESS: u16 = 0xffff;
 
 const ARP: u16 = libc::ETH_P_ARP as u16;
 const IPV4: u16 = libc::ETH_P_IP as u16;
@@ -32,18 +36,45 @@ const ICMPV6: u8 = libc::IPPROTO_ICMPV6 as u8;
 const ARP_REPLY: u8 = 2;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 
-/// Connects both, given by index.
-pub fn connect(netlink: &mut Netlink, interface: u32, tap: u32) -> Result<()> {
-    for link in [interface, tap] {
-        let mut qdisc = message(link, TcHandle::CLSACT, "clsact");
-        qdisc.header.handle = TcHandle { major: 0xffff, minor: 0 };
-        let made = netlink.request(RouteNetlinkMessage::NewQueueDiscipline(qdisc), NLM_F_CREATE | NLM_F_EXCL);
-        made.map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => anyhow!("somebody else's ingress rules are there already"),
-            io::ErrorKind::NotFound => anyhow!("the kernel has no clsact (module sch_ingress)"),
-            _ => error.into(),
-        })?;
+/// Fails if an interface has ingress rules already: they are somebody else's, and to be left alone.
+pub fn refuse_taken(netlink: &mut Netlink, interfaces: &[Interface]) -> Result<()> {
+    for message in netlink.dump(RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()))? {
+        let RouteNetlinkMessage::NewQueueDiscipline(TcMessage { header, .. }) = message else { continue };
+        if header.handle.major == INGRESS
+            && let Some(of) = interfaces.iter().find(|interface| interface.index as i32 == header.index)
+        {
+            return Err(taken()).with_context(|| format!("network interface {}", of.name));
+        }
     }
+    Ok(())
+}
+
+fn taken() -> anyhow::Error {
+    anyhow!("somebody else's ingress rules are there already")
+}
+
+/// Connects both, given by index. If it fails, neither is.
+pub fn connect(netlink: &mut Netlink, interface: u32, tap: u32) -> Result<()> {
+    open(netlink, interface)?;
+    let connected = open(netlink, tap).and_then(|()| {
+        let filled = fill(netlink, interface, tap);
+        filled.inspect_err(|_| drop(disconnect(netlink, tap)))
+    });
+    connected.inspect_err(|_| drop(disconnect(netlink, interface)))
+}
+
+fn open(netlink: &mut Netlink, link: u32) -> Result<()> {
+    let mut qdisc = message(link, TcHandle::CLSACT, "clsact");
+    qdisc.header.handle = TcHandle { major: INGRESS, minor: 0 };
+    let made = netlink.request(RouteNetlinkMessage::NewQueueDiscipline(qdisc), NLM_F_CREATE | NLM_F_EXCL);
+    made.map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => taken(),
+        io::ErrorKind::NotFound => anyhow!("the kernel has no clsact (module sch_ingress)"),
+        _ => error.into(),
+    })
+}
+
+fn fill(netlink: &mut Netlink, interface: u32, tap: u32) -> Result<()> {
     let copy = || mirred(tap, TcMirrorActionType::EgressMirror, TcActionType::Ok);
     let answers = [
         (ARP, vec![Flower::ArpOp(ARP_REPLY), Flower::ArpOpMask(0xff)]),
@@ -98,7 +129,7 @@ fn filter(
     kind: &str,
     options: Vec<TcOption>,
 ) -> Result<()> {
-    let ingress = TcHandle { major: 0xffff, minor: TcHandle::MIN_INGRESS };
+    let ingress = TcHandle { major: INGRESS, minor: TcHandle::MIN_INGRESS };
     let mut filter = message(link, ingress, kind);
     filter.header.info = u32::from(priority) << 16 | u32::from(protocol.to_be());
     filter.attributes.push(TcAttribute::Options(options));

@@ -43,6 +43,13 @@ pub struct Links {
     pub taps: Vec<(u8, u32)>,
 }
 
+impl Links {
+    /// The number of a slot's tap.
+    pub fn tap(&self, slot: u8) -> Option<u32> {
+        self.taps.iter().find(|(of, _)| *of == slot).map(|(_, index)| *index)
+    }
+}
+
 /// Looks for interfaces. One that is down is none: kernels put fallback tunnels into every namespace.
 pub fn links(netlink: &mut Netlink) -> Result<Links> {
     let dump =

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::network::Netns;
+use super::lan::Netns;
 use super::run::same;
 use crate::cases::{At, Case, Wish, sharing, wish};
 use crate::config::Config;

@@ -18,6 +18,7 @@ mod hostile_rootfs;
 mod identity;
 mod jail;
 mod kill;
+mod lan;
 mod lifecycle;
 mod listing;
 mod machine;
@@ -25,6 +26,7 @@ mod mount_options;
 mod mount_order;
 mod mounts;
 mod network;
+mod network_faults;
 mod pause;
 mod pods;
 mod resources;
@@ -72,6 +74,7 @@ pub fn all() -> Vec<Case> {
             death::cases(),
             identity::cases(),
             network::cases(),
+            network_faults::cases(),
             resources::cases(),
             seccomp::cases(),
             systemd::cases(),

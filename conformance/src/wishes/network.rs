@@ -1,39 +1,23 @@
 //! The network: the VM stands where a container would, or nowhere, or on the host's.
 
-use std::fs;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 
+use super::lan::{A, B, BRIDGE, Lan, MTU, Netns, PLAIN};
+use super::lan::{addresses, bridge, four, listens, on, ping, plug, privileged, six};
 use super::run::same;
 use crate::cases::{At, Case, Wish, sharing, wish};
 use crate::config::Config;
 use crate::container::Container;
-use crate::process::{self, Running};
+use crate::process;
 use crate::world::World;
 
-const MTU: &str = "1400";
-
-/// A bridge in a namespace of its own, and three things on it that know nothing of each other.
-struct Lan {
-    a: Container,
-    b: Container,
-    /// A container of the host's kernel, by runc.
-    plain: Plain,
-    bridge: Netns,
-    at_a: Netns,
-    at_b: Netns,
-}
-
-/// Addresses on the bridge end in these.
-const BRIDGE: u8 = 1;
-const A: u8 = 2;
-const B: u8 = 3;
-const PLAIN: u8 = 4;
+/// For multicast.
+const GROUP: &str = "239.9.9.9";
 
 const SHARED: &[Wish<Lan>] = &[
     ("net/the-guest-has-the-interfaces-name-mac-and-mtu", |lan| {
@@ -108,6 +92,68 @@ const SHARED: &[Wish<Lan>] = &[
         );
         same(&lan.b.exec(&["bash", "-c", &ask])?.code(0)?.text(), &"there and back\n".into())
     }),
+    ("net/multicast-reaches-the-guest-and-leaves-it", |lan| {
+        let script = format!(
+            "use Socket; socket(S, PF_INET, SOCK_DGRAM, 17) or die; bind(S, sockaddr_in(95, INADDR_ANY)) or die;
+            $group = inet_aton('{GROUP}') . inet_aton('{}'); setsockopt(S, 0, 35, $group) or die; # IP_ADD_MEMBERSHIP
+            $| = 1; print 'ready'; $SIG{{ALRM}} = sub {{ die }}; alarm 60; recv(S, $m, 99, 0); print \" $m\"",
+            four(B)
+        );
+        let mut member = lan.b.spawn(&["perl", "-e", &script])?;
+        member.read_until("ready")?;
+        let from = four(BRIDGE);
+        lan.bridge
+            .run(&format!("printf inwards | socat -u - UDP4-DATAGRAM:{GROUP}:95,ip-multicast-if={from}"))?;
+        same(&member.finish()?.code(0)?.text(), &"ready inwards".into())?;
+        let member =
+            lan.bridge.spawn(&format!("socat -u UDP4-RECVFROM:96,ip-add-membership={GROUP}:{from} -"))?;
+        process::eventually("the bridge listens", Duration::from_secs(20), || {
+            Ok(lan.bridge.run("cat /proc/net/udp")?.contains(":0060 "))
+        })?;
+        lan.b.exec(&["bash", "-c", &format!("printf outwards >/dev/udp/{GROUP}/96")])?.code(0)?;
+        same(&member.finish()?.code(0)?.text(), &"outwards".into())
+    }),
+    ("net/jumbo-frames-pass-whole", |lan| {
+        for host in [BRIDGE, B, PLAIN] {
+            lan.a.sh(&format!("ping -c 1 -W 5 -s 8900 {}", four(host)))?;
+        }
+        let table = lan.a.sh("grep ^Ip: /proc/net/snmp")?;
+        let mut rows = table.lines().map(|line| line.split_whitespace());
+        let (names, counts) = rows.next().zip(rows.next()).context("a table")?;
+        for (name, count) in
+            names.zip(counts).filter(|(name, _)| ["ReasmReqds", "FragCreates"].contains(name))
+        {
+            ensure!(count == "0", "{name}: {count}");
+        }
+        Ok(())
+    }),
+    ("net/a-thousand-connections-at-once", |lan| {
+        let script =
+            "use IO::Socket::INET; $l = IO::Socket::INET->new(LocalPort => 97, Listen => 1024) or die;
+            $| = 1; print 'ready'; $SIG{ALRM} = sub { die }; alarm 80;
+            push @all, scalar $l->accept for 1..1000; for (@all) { sysread $_, $b, 99; syswrite $_, $b }";
+        let mut server = lan.b.spawn(&["perl", "-e", script])?;
+        server.read_until("ready")?;
+        let client = format!(
+            "import socket\nall = [socket.create_connection((\"{}\", 97), 60) for _ in range(1000)]\n\
+             for n, one in enumerate(all): one.sendall(b\"%d\" % n)\n\
+             print(sum(one.recv(99) == b\"%d\" % n for n, one in enumerate(all)))",
+            four(B)
+        );
+        same(&lan.bridge.run(&format!("python3 -c '{client}'"))?, &"1000".into())?;
+        server.finish()?.code(0).map(drop)
+    }),
+    ("net/a-frame-crosses-once", |lan| {
+        let count = || -> Result<u64> {
+            Ok(lan.at_b.run("cat /sys/class/net/a3s-tap0/statistics/tx_packets")?.parse()?)
+        };
+        let before = count()?;
+        // Nobody answers these, so whatever comes back out of the namespace would come by itself.
+        lan.bridge.run("ping -b -c 20 -i 0.2 -W 1 10.213.7.255; true")?;
+        let crossed = count()? - before;
+        ensure!((20..40).contains(&crossed), "{crossed} frames of 20");
+        Ok(())
+    }),
     ("net/sockets-inside-the-namespace-keep-working", |lan| {
         // As an engine asks name servers: its socket is in the namespace, the server is not.
         let _server = lan.bridge.spawn("socat UDP6-LISTEN:53,fork EXEC:'tr a-z A-Z'")?;
@@ -157,6 +203,8 @@ const SHARED: &[Wish<Lan>] = &[
         lan.a.delete(&["--force"])?;
         let left = lan.at_a.run("ls /sys/class/net; tc qdisc show | grep -c clsact; true")?;
         same(&left, &"eth0\nlo\n0".into())?;
+        let ports = lan.at_a.run("cat /proc/sys/net/ipv4/ip_local_port_range | tr '\\t' ' '")?;
+        same(&ports, &"32768 60999".into())?;
         // The namespace's own stack answers again.
         lan.bridge.run(&format!("ping -c 1 -W 5 {}", four(A))).map(drop)
     }),
@@ -166,6 +214,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         sharing(At::Vm, Lan::set_up, SHARED),
         wish(At::Vm, "net/what-is-plugged-before-start-is-found", plugged_late),
+        wish(At::Vm, "net/what-comes-and-goes-later-takes-a-spare-and-gives-it-back", comes_and_goes),
         wish(At::Vm, "net/without-interfaces-there-is-loopback-alone", alone),
         wish(At::Vm, "net/more-interfaces-than-nics-name-the-annotation", too_many),
         wish(At::Vm, "net/the-hosts-network-is-reached-by-its-sockets", host_network),
@@ -173,149 +222,6 @@ pub fn cases() -> Vec<Case> {
         wish(At::Both, "net/annotations-are-checked", annotations),
     ]
 }
-
-fn four(host: u8) -> String {
-    format!("10.213.7.{host}")
-}
-
-fn six(host: u8) -> String {
-    format!("fd13:7::{host}")
-}
-
-/// A network namespace bound to a file, without a process.
-pub struct Netns {
-    path: PathBuf,
-}
-
-impl Netns {
-    /// Makes one.
-    pub fn new(world: &World) -> Result<Self> {
-        let path = world.dir.join(world.name("netns"));
-        fs::write(&path, "")?;
-        let mut command = Command::new("unshare");
-        command.arg(format!("--net={}", path.display())).args(["ip", "link", "set", "lo", "up"]);
-        process::run(command, b"", Duration::from_secs(10))?.code(0)?;
-        Ok(Netns { path })
-    }
-
-    /// For config.json.
-    pub fn path(&self) -> Value {
-        json!(self.path)
-    }
-
-    fn command(&self, script: &str) -> Command {
-        let mut command = Command::new("nsenter");
-        // sysfs shows the network namespace of whoever mounts it.
-        let sysfs = format!("mount -t sysfs sysfs /sys && {script}");
-        command
-            .arg(format!("--net={}", self.path.display()))
-            .args(["unshare", "--mount", "sh", "-c", &sysfs]);
-        command
-    }
-
-    /// Runs a script in it.
-    pub fn run(&self, script: &str) -> Result<String> {
-        let output = process::run(self.command(script), b"", Duration::from_secs(60))?;
-        Ok(output.code(0)?.text().trim().to_string())
-    }
-
-    fn spawn(&self, script: &str) -> Result<Running> {
-        process::start(self.command(script), true, Duration::from_secs(60))
-    }
-}
-
-impl Drop for Netns {
-    fn drop(&mut self) {
-        let mut command = Command::new("umount");
-        let _ = process::run(
-            {
-                command.arg(&self.path);
-                command
-            },
-            b"",
-            Duration::from_secs(10),
-        );
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// Puts an interface into `place` and its other end on the bridge.
-fn plug(bridge: &Netns, place: &str, host: u8) -> Result<()> {
-    bridge.run(&format!(
-        "ip link add p{host} mtu {MTU} type veth peer name eth0 mtu {MTU} netns {place} &&
-        ip link set p{host} master br0 up"
-    ))?;
-    Ok(())
-}
-
-fn addresses(host: u8) -> String {
-    format!(
-        "ip addr add {}/24 dev eth0 && ip addr add {}/64 dev eth0 nodad && ip link set eth0 up &&
-        ip addr add 10.214.0.{host}/32 dev eth0 && ip route add default via {} &&
-        ip -6 route add default via {} && ip route add 10.215.0.0/16 via 10.216.0.1 dev eth0 onlink metric 7",
-        four(host),
-        six(host),
-        four(BRIDGE),
-        six(BRIDGE)
-    )
-}
-
-fn bridge(world: &World) -> Result<Netns> {
-    let bridge = Netns::new(world)?;
-    bridge.run(&format!(
-        "ip link add br0 type bridge && ip addr add {}/24 dev br0 && ip addr add {}/64 dev br0 nodad && ip link set br0 up",
-        four(BRIDGE), six(BRIDGE)
-    ))?;
-    Ok(bridge)
-}
-
-/// A namespace on the bridge, ready before any container.
-fn stand(world: &World, bridge: &Netns, host: u8) -> Result<Netns> {
-    let netns = Netns::new(world)?;
-    plug(bridge, &netns.path.to_string_lossy(), host)?;
-    netns.run(&addresses(host))?;
-    Ok(netns)
-}
-
-fn on(netns: &Netns) -> Config {
-    privileged(Config::idle()).set("/linux/namespaces/1", json!({ "type": "network", "path": netns.path() }))
-}
-
-/// ping needs it.
-fn privileged(config: Config) -> Config {
-    let set = json!(["CAP_NET_RAW", "CAP_NET_BIND_SERVICE", "CAP_NET_ADMIN"]);
-    config.set("/process/capabilities", json!({ "bounding": set, "effective": set, "permitted": set }))
-}
-
-impl Lan {
-    fn set_up(world: &'static World) -> Result<Self> {
-        let bridge = bridge(world)?;
-        let (at_a, at_b, at_plain) =
-            (stand(world, &bridge, A)?, stand(world, &bridge, B)?, stand(world, &bridge, PLAIN)?);
-        Ok(Lan {
-            a: Container::running(world, &on(&at_a))?,
-            b: of_debian(world, on(&at_b))?,
-            plain: Plain::running(world, at_plain)?,
-            bridge,
-            at_a,
-            at_b,
-        })
-    }
-}
-
-/// A root file system with more tools, whose names come from an engine.
-fn of_debian(world: &'static World, config: Config) -> Result<Container> {
-    let dir = world.make_dir("debian")?;
-    let file = dir.join("resolv.conf");
-    fs::write(&file, "nameserver 127.0.0.11\n")?;
-    let debian = world.debian().context("--rootfs debian=DIR is needed")?;
-    let config = config.set("/root", json!({ "path": debian, "readonly": true }));
-    crate::world::write_config(&dir, &config.bind(&file, "/etc/resolv.conf", &["ro"]))?;
-    let container = Container::of_bundle(world, dir)?;
-    container.start()?;
-    Ok(container)
-}
-
 /// Serves what is no DNS, but framed like it: words come back in capitals.
 const NAME_SERVER: &str = r#"
 import socket, threading
@@ -335,65 +241,6 @@ while True:
     udp.sendto(query.upper(), peer)
 "#;
 
-/// A container of runc's.
-struct Plain {
-    id: String,
-    root: PathBuf,
-    _netns: Netns,
-}
-
-impl Plain {
-    fn running(world: &'static World, netns: Netns) -> Result<Self> {
-        let plain = Plain { id: world.name("runc"), root: world.make_dir("runc")?, _netns: netns };
-        let bundle =
-            world.bundle(&on(&plain._netns).set("/linux/cgroupsPath", json!(format!("/{}", plain.id))))?;
-        let mut run = plain.command(&["run", "--detach", "--bundle", &bundle.to_string_lossy(), &plain.id]);
-        let out = || fs::File::create(bundle.join("out"));
-        run.stdin(Stdio::null()).stdout(out()?).stderr(out()?);
-        let ran = process::start(run, false, Duration::from_secs(60))?.finish()?;
-        ensure!(ran.code == 0, "runc: {:?}", fs::read_to_string(bundle.join("out")));
-        Ok(plain)
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("runc");
-        command.arg("--root").arg(&self.root).args(args);
-        command
-    }
-
-    fn runc(&self, args: &[&str], script: &str) -> Result<String> {
-        let mut command = self.command(args);
-        if !script.is_empty() {
-            command.args(["sh", "-c", script]);
-        }
-        Ok(process::run(command, b"", Duration::from_secs(60))?.code(0)?.text().trim().to_string())
-    }
-
-    fn sh(&self, script: &str) -> Result<String> {
-        self.runc(&["exec", &self.id], script)
-    }
-
-    fn spawn(&self, script: &str) -> Result<Running> {
-        process::start(self.command(&["exec", &self.id, "sh", "-c", script]), true, Duration::from_secs(60))
-    }
-}
-
-impl Drop for Plain {
-    fn drop(&mut self) {
-        let _ = self.runc(&["delete", "--force", &self.id], "");
-    }
-}
-
-fn ping(from: &Container, to: &str) -> Result<()> {
-    from.sh(&format!("ping -c 1 -W 5 {to}")).map(drop).with_context(|| format!("ping {to}"))
-}
-
-fn listens(mut netstat: impl FnMut() -> Result<String>, port: u16) -> Result<()> {
-    process::eventually("the server listens", Duration::from_secs(20), || {
-        Ok(netstat()?.contains(&format!(":{port} ")))
-    })
-}
-
 /// As engines do whose network comes after `create`: into the namespace of the container's pid.
 fn plugged_late(world: &'static World) -> Result<()> {
     let bridge = bridge(world)?;
@@ -407,6 +254,40 @@ fn plugged_late(world: &'static World) -> Result<()> {
     container.says("ls /sys/class/net", "eth0\nlo")?;
     ping(&container, &four(BRIDGE))?;
     ping(&container, &six(BRIDGE))?;
+    container.delete(&["--force"])
+}
+
+/// As `docker network connect` and `disconnect` do, which call no runtime.
+fn comes_and_goes(world: &'static World) -> Result<()> {
+    let bridge = bridge(world)?;
+    bridge.run("ip addr add 10.217.0.1/24 dev br0")?;
+    let mut container = Container::create(world, &privileged(Config::idle()))?;
+    let inside = |script: &str| {
+        let mut enter = Command::new("nsenter");
+        enter.arg(format!("--net=/proc/{}/ns/net", container.pid)).args(["sh", "-c", script]);
+        process::run(enter, b"", Duration::from_secs(10))?.code(0).map(drop)
+    };
+    plug(&bridge, &container.pid.to_string(), A)?;
+    inside(&addresses(A))?;
+    container.start()?;
+    for _ in 0..2 {
+        bridge.run(&format!(
+            "ip link add later type veth peer name eth1 netns {} && ip link set later master br0 up",
+            container.pid
+        ))?;
+        inside(
+            "ip link set eth1 up && ip addr add 10.217.0.2/24 dev eth1 && ip route add 10.218.0.0/16 via 10.217.0.1",
+        )?;
+        process::eventually("the guest has it", Duration::from_secs(20), || {
+            Ok(container.sh("ip addr show; ip route")?.contains("10.218.0.0/16 via 10.217.0.1 dev eth1"))
+        })?;
+        ping(&container, "10.217.0.1")?;
+        bridge.run("ip link delete later")?;
+        process::eventually("the guest has it no longer", Duration::from_secs(20), || {
+            Ok(container.sh("ls /sys/class/net")? == "eth0\nlo")
+        })?;
+    }
+    ping(&container, &four(BRIDGE))?;
     container.delete(&["--force"])
 }
 

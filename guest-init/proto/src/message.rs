@@ -43,6 +43,15 @@ pub enum Request {
         /// What is set there once they have.
         settings: Vec<Setting>,
     },
+    /// Take a NIC back from a container: its interface is gone.
+    Unplug {
+        /// Container id.
+        container: String,
+        /// The NIC's number.
+        slot: u8,
+        /// The interface's number.
+        index: u32,
+    },
     /// Connect to an address inside a container's network namespace. The connection owns it as a process: its input
     /// goes there, what comes back is its output.
     Dial {
@@ -319,6 +328,7 @@ mod tests {
         let link = Setting { what: "eth0".into(), kind: 16, flags: 0x400, body: vec![0, 255] };
         let nic = Nic { slot: 1, link: link.clone() };
         round_trip(Request::Plug { container: id(), nics: vec![nic], settings: vec![link] });
+        round_trip(Request::Unplug { container: id(), slot: 1, index: u32::MAX });
         round_trip(Request::Dial { container: id(), address: ([127, 0, 0, 1], 80).into() });
         round_trip(Request::Resolve { container: id() });
         round_trip(Request::Exec { container: id(), process: Box::new(process()), cgroup: "a/b".into() });

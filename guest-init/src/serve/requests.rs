@@ -3,7 +3,7 @@
 //! In: a request and the connection that made it. Out: its outcome, or nothing where it comes later or none is due.
 //! Must not: wait.
 
-use a3s_box_proto::{self as proto, Nic, Outcome, Reply, Request, Setting, Size, Target};
+use a3s_box_proto::{self as proto, Outcome, Reply, Request, Size, Target};
 use anyhow::Result;
 use nix::unistd::Pid;
 
@@ -20,7 +20,12 @@ impl Server {
         match request {
             Request::Create(spec) => self.create(id, &spec),
             Request::Start { container } => self.start(id, &container),
-            Request::Plug { container, nics, settings } => Some(self.plug(&container, &nics, &settings)),
+            Request::Plug { container, nics, settings } => {
+                Some(self.network(&container, |pid| net::plug(pid, &nics, &settings)))
+            }
+            Request::Unplug { container, slot, index } => {
+                Some(self.network(&container, |pid| net::unplug(pid, slot, index)))
+            }
             Request::Dial { container, address } => {
                 self.bear(id, &container, |container| net::dial(container.init, address))
             }
@@ -108,11 +113,12 @@ impl Server {
         None
     }
 
-    fn plug(&self, name: &str, nics: &[Nic], settings: &[Setting]) -> Outcome {
+    /// Changes the network namespace of a container's process.
+    fn network(&self, name: &str, change: impl FnOnce(Pid) -> Result<()>) -> Outcome {
         match self.containers.get(name) {
             None => Outcome::NotFound,
             Some(container) if container.state == State::Stopped => Outcome::AlreadyExited,
-            Some(container) => match net::plug(container.init, nics, settings) {
+            Some(container) => match change(container.init) {
                 Ok(()) => Outcome::Done,
                 Err(error) => Outcome::Failed { text: format!("{error:#}") },
             },
