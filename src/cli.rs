@@ -2,6 +2,8 @@
 //!
 //! In: argv. Out: typed arguments. Must not: look at the system; what a flag means is decided elsewhere.
 
+#[cfg(test)]
+mod man;
 #[path = "cli/normalize.rs"]
 mod normalize;
 #[path = "cli/update.rs"]
@@ -125,6 +127,8 @@ pub enum Command {
     Features(Features),
     /// Say whether this host can run microVMs, and what to do where not
     Check(Check),
+    /// Print a shell's completions for this command line
+    Completions(Completions),
     /// Not supported: a microVM cannot be checkpointed
     #[command(disable_help_flag = true)]
     Checkpoint(Anything),
@@ -366,4 +370,12 @@ pub struct Check {
     /// How long the probe VM may take to boot, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub timeout: u64,
+}
+
+/// Flags of `completions`.
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell
+    #[arg(value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
 }

@@ -1,10 +1,12 @@
 //! `list`: every container below the root.
 
 use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
 
 use super::{Context, state};
 use crate::cli::{self, Format};
-use crate::store::Record;
+use crate::console;
+use crate::store::{Record, VM_DIR};
 
 /// The verb.
 pub fn list(context: &Context, args: &cli::List) -> Result<i32> {
@@ -14,12 +16,24 @@ pub fn list(context: &Context, args: &cli::List) -> Result<i32> {
         (false, Format::Table) => table(&records),
         (false, Format::Json) if records.is_empty() => "null\n".into(),
         (false, Format::Json) => {
-            let documents: Vec<_> = records.iter().map(state::document).collect();
+            let documents: Vec<_> = records.iter().map(|record| document(context, record)).collect();
             format!("{}\n", serde_json::to_string(&documents).context("encode list")?)
         }
     };
     super::write_out(&text)?;
     Ok(0)
+}
+
+/// What `state` prints, and where the guest's console log is: there engines would take that for a field of their own.
+fn document(context: &Context, record: &Record) -> Value {
+    let mut document = state::document(record);
+    let path = context.store.path(&record.id).map(|dir| dir.join(VM_DIR).join(console::LOG));
+    if let (Ok(path), Some(fields)) = (path, document.as_object_mut())
+        && path.exists()
+    {
+        fields.insert("console-log".into(), json!(path));
+    }
+    document
 }
 
 fn table(records: &[Record]) -> String {

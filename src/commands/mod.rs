@@ -1,6 +1,7 @@
 //! One file a verb: each strings the modules below together and prints what the caller reads.
 
 mod check;
+mod completions;
 mod create;
 mod delete;
 mod events;
@@ -27,6 +28,7 @@ use crate::cli::{self, CgroupManager, Cli, Command, Global};
 use crate::log::{Log, sentence};
 use crate::store::Store;
 use crate::terminal::{self, Pty};
+use crate::vmm;
 
 /// What every verb may need.
 pub struct Context {
@@ -81,6 +83,7 @@ fn dispatch(context: &Context, command: Command) -> Result<i32> {
         Command::Spec(args) => spec::spec(&args),
         Command::Features(args) => features::features(&args),
         Command::Check(args) => check::check(&args),
+        Command::Completions(args) => completions::completions(&args),
         Command::Checkpoint(_) => bail!("checkpoint is not supported: a microVM cannot be checkpointed"),
         Command::Restore(_) => bail!("restore is not supported: a microVM cannot be restored"),
     }
@@ -138,12 +141,14 @@ fn introduce(engine: &cli::Engine, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()
 
 /// Version, commit, spec and libraries, in runc's form.
 pub fn version() -> String {
+    let firmware = vmm::firmware().map(|(path, kernel)| format!("{} (Linux {kernel})", path.display()));
     format!(
-        "a3s-box version {}\ncommit: {}\nspec: {}\nlibkrun: {}\n",
+        "a3s-box version {}\ncommit: {}\nspec: {}\nlibkrun: {}\nlibkrunfw: {}\n",
         env!("CARGO_PKG_VERSION"),
         env!("A3S_BOX_COMMIT"),
         features::SPEC_VERSION,
-        crate::vmm::library(),
+        vmm::library(),
+        firmware.unwrap_or_else(|_| "not found".into()),
     )
 }
 
