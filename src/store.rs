@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
+use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
@@ -24,6 +25,7 @@ use crate::vmm;
 
 const STATE: &str = "state.json";
 const LOCK: &str = "lock";
+const PROCESS: &str = "process.json";
 /// Name of the VM's directory in a container's.
 pub const VM_DIR: &str = "vm";
 
@@ -269,9 +271,26 @@ impl Store {
         }
     }
 
+    /// Locks a container that `check` takes, before the lock as well as behind it: `create` holds it until its hooks have
+    /// run and its guest has booted, and whoever cannot use what is being created need not wait for that.
+    pub fn open_checked(&self, id: &str, check: fn(&Record) -> Result<()>) -> Result<(Entry, Record)> {
+        check(&self.read(id)?)?;
+        let entry = self.open(id)?;
+        let record = entry.read()?;
+        check(&record)?;
+        Ok((entry, record))
+    }
+
     /// Reads a record without waiting for its lock: it is replaced whole, so it is always one of its versions.
     pub fn read(&self, id: &str) -> Result<Record> {
         read(&self.dir(id)?)
+    }
+
+    /// A container's own process, as its config.json had it at `create`.
+    pub fn process(&self, id: &str) -> Result<Process> {
+        let path = self.dir(id)?.join(PROCESS);
+        let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))
     }
 
     /// A container's directory, by path.
@@ -335,6 +354,12 @@ impl Entry {
     pub fn save(&self, record: &Record) -> Result<()> {
         let bytes = serde_json::to_vec(record).context("encode state")?;
         replace(&self.dir.join(STATE), &bytes, 0o600)
+    }
+
+    /// Keeps the container's own process for [`Store::process`]: config.json may be another, or gone, by then.
+    pub fn save_process(&self, process: &Process) -> Result<()> {
+        let bytes = serde_json::to_vec(process).context("encode the process")?;
+        replace(&self.dir.join(PROCESS), &bytes, 0o600)
     }
 
     /// Makes the VM's directory, which only the owner may enter: libkrun binds its socket with a mode of 0777.

@@ -121,6 +121,7 @@ pub fn birth<'a>(
     born.save()?;
     // Its seat is known to others from here on.
     drop(sandbox);
+    born.entry.as_ref().zip(bundle.spec.process().as_ref()).map_or(Ok(()), |(e, p)| e.save_process(p))?;
     let (early, late) = std::mem::take(&mut plan.limits).split();
     let seat = place.as_ref().map(|place| (place, &early));
     raise(context, &mut born, (plan, namespace, home), seat, signals, pty.as_ref())?;

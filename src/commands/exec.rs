@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use a3s_box_proto::{self as proto, Request};
 use anyhow::{Context as _, Result, anyhow, bail};
-use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec, User};
+use oci_spec::runtime::{Capability, LinuxCapabilities, Process, User};
 use serde_json::json;
 
 use super::{Context, start};
@@ -31,7 +31,7 @@ pub fn exec(context: &Context, args: &cli::Exec) -> Result<i32> {
         Status::Creating => bail!("cannot exec in a container that is still being created"),
     }
     super::refuse_descriptors(&args.engine)?;
-    let mut process = Box::new(process(context, args, &record)?);
+    let mut process = Box::new(process(context, args)?);
     let pty = super::terminal(&mut process, args.detach, &args.engine)?;
     let cgroup = cgroup(args.cgroup.as_deref())?;
     let request = Request::Exec { container: record.id.clone(), process, cgroup };
@@ -117,11 +117,12 @@ fn cgroup(path: Option<&Path>) -> Result<PathBuf> {
     Ok(below.to_path_buf())
 }
 
-/// The whole process: from `--process`, or the container's own with the flags' changes, as runc does.
-fn process(context: &Context, args: &cli::Exec, record: &Record) -> Result<proto::Process> {
+/// The whole process: from `--process`, or the container's own with the flags' changes. runc reads config.json once
+/// more for that; here, what it says after `create` changes nothing.
+fn process(context: &Context, args: &cli::Exec) -> Result<proto::Process> {
     let process = match &args.process {
         Some(path) => from_file(context, path)?,
-        None => from_config(context, args, record)?,
+        None => from_flags(context, args)?,
     };
     plan::process::plan(&process)
 }
@@ -137,11 +138,8 @@ fn from_file(context: &Context, path: &Path) -> Result<Process> {
     serde_json::from_value(process).with_context(shown)
 }
 
-fn from_config(context: &Context, args: &cli::Exec, record: &Record) -> Result<Process> {
-    let path = record.bundle.join("config.json");
-    let text = std::fs::read(&path).with_context(|| format!("open {}", path.display()))?;
-    let spec: Spec = serde_json::from_slice(&text).with_context(|| format!("read {}", path.display()))?;
-    let mut process = spec.process().clone().context("config.json has no process")?;
+fn from_flags(context: &Context, args: &cli::Exec) -> Result<Process> {
+    let mut process = context.store.process(&args.id)?;
     process.set_terminal(Some(args.tty));
     process.set_args(Some(args.command.clone()));
     if let Some(cwd) = &args.cwd {

@@ -9,30 +9,32 @@ use crate::store::{Record, Status};
 
 /// `pause`
 pub fn pause(context: &Context, id: &str) -> Result<i32> {
-    let entry = context.store.open(id)?;
-    let record = entry.read()?;
-    match record.status() {
-        Status::Running | Status::Created => {
-            freeze_inside(context, &record, true)?;
-            record.cgroup.freeze(true).inspect_err(|_| drop(freeze_inside(context, &record, false)))?;
-            Ok(0)
-        }
-        Status::Paused => bail!("container already paused"),
-        _ => bail!("container not running"),
-    }
+    let (_entry, record) = context.store.open_checked(id, pausable)?;
+    freeze_inside(context, &record, true)?;
+    record.cgroup.freeze(true).inspect_err(|_| drop(freeze_inside(context, &record, false)))?;
+    Ok(0)
 }
 
 /// `resume`
 pub fn resume(context: &Context, id: &str) -> Result<i32> {
-    let entry = context.store.open(id)?;
-    let record = entry.read()?;
+    let (_entry, record) = context.store.open_checked(id, resumable)?;
+    record.cgroup.freeze(false)?;
+    freeze_inside(context, &record, false).map(|()| 0)
+}
+
+fn pausable(record: &Record) -> Result<()> {
     match record.status() {
-        Status::Paused => {
-            record.cgroup.freeze(false)?;
-            freeze_inside(context, &record, false).map(|()| 0)
-        }
-        Status::Stopped | Status::Creating => bail!("container not running"),
-        _ => bail!("container not paused"),
+        Status::Running | Status::Created => Ok(()),
+        Status::Paused => bail!("container already paused"),
+        Status::Creating | Status::Stopped => bail!("container not running"),
+    }
+}
+
+fn resumable(record: &Record) -> Result<()> {
+    match record.status() {
+        Status::Paused => Ok(()),
+        Status::Creating | Status::Stopped => bail!("container not running"),
+        Status::Created | Status::Running => bail!("container not paused"),
     }
 }
 

@@ -21,10 +21,7 @@ pub const ENDING: Duration = Duration::from_secs(2);
 
 /// The verb.
 pub fn start(context: &Context, id: &str) -> Result<i32> {
-    // Before the lock, which a `create` holds until its hooks have run.
-    startable(&context.store.read(id)?)?;
-    let entry = context.store.open(id)?;
-    let mut record = entry.read()?;
+    let (entry, mut record) = context.store.open_checked(id, startable)?;
     release(&entry, &mut record)?;
     // Unlocked: a hook may act on the container.
     drop(entry);

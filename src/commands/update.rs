@@ -20,13 +20,7 @@ const LONGEST: u64 = 1 << 20;
 
 /// The verb.
 pub fn update(context: &Context, args: &Update) -> Result<i32> {
-    let entry = context.store.open(&args.id)?;
-    let mut record = entry.read()?;
-    match record.status() {
-        Status::Created | Status::Running => {}
-        Status::Paused => bail!("cannot update a paused container: its guest is frozen"),
-        Status::Creating | Status::Stopped => bail!("container not running"),
-    }
+    let (entry, mut record) = context.store.open_checked(&args.id, updatable)?;
     let wanted = wanted(args)?;
     let warnings = support::check(&json!({ "linux": { "resources": wanted } }))?;
     warnings.iter().for_each(|warning| context.log.warn(warning));
@@ -45,6 +39,14 @@ pub fn update(context: &Context, args: &Update) -> Result<i32> {
     record.resources = merged;
     entry.save(&record)?;
     Ok(0)
+}
+
+fn updatable(record: &Record) -> Result<()> {
+    match record.status() {
+        Status::Created | Status::Running => Ok(()),
+        Status::Paused => bail!("cannot update a paused container: its guest is frozen"),
+        Status::Creating | Status::Stopped => bail!("container not running"),
+    }
 }
 
 fn typed(value: &Value) -> Result<LinuxResources> {

@@ -32,6 +32,7 @@ mod pods;
 mod resources;
 mod run;
 mod seccomp;
+mod states;
 mod streams;
 mod systemd;
 mod terminal;
@@ -58,6 +59,7 @@ pub fn all() -> Vec<Case> {
         [
             run::cases(),
             lifecycle::cases(),
+            states::cases(),
             hooks::cases(),
             contract::cases(),
             exec::cases(),
