@@ -189,28 +189,49 @@ struct Kernel {
 impl Kernel {
     /// Opens config.json's kernel, or libkrunfw's; `None` where libkrunfw's is loaded best by libkrun itself.
     fn open(vm: &plan::Vm) -> anyhow::Result<Option<Self>> {
-        const ELF: u32 = 1;
         let own = vm.kernel.clone().unwrap_or_default();
         let words =
             [KERNEL_COMMAND_LINE.to_str()?].into_iter().chain(own.parameters.iter().map(String::as_str));
         let command_line = CString::new(words.collect::<Vec<_>>().join(" "))?;
-        let initrd = own.initrd.as_deref().map(|path| open_plain(path, "vm.kernel.initrd")).transpose()?;
-        if !own.path.as_os_str().is_empty() {
-            let file = open_plain(&own.path, "vm.kernel.path")?;
-            let format = format(&file).with_context(|| format!("vm.kernel.path {}", own.path.display()))?;
-            return Ok(Some(Kernel { file, format, initrd, command_line }));
-        }
-        let library = GuestKernel::open(vm.libkrunfw.as_deref())?;
-        // Elsewhere libkrun copies the kernel into aligned memory by itself, and takes no ELF.
-        if cfg!(target_arch = "x86_64") {
-            return Ok(Some(Kernel { file: library.file()?, format: ELF, initrd, command_line }));
-        }
-        if vm.kernel.is_some() {
+        let named = |path: &&Path| !path.as_os_str().is_empty();
+        let initrd_path = own.initrd.as_deref().filter(named);
+        let initrd = initrd_path.map(|path| open_plain(path, "vm.kernel.initrd")).transpose()?;
+        let (file, format) = if let Some(path) = Some(own.path.as_path()).filter(named) {
+            let file = open_plain(path, "vm.kernel.path")?;
+            let format = format(&file).with_context(|| format!("vm.kernel.path {}", path.display()))?;
+            (file, format)
+        } else {
+            let library = GuestKernel::open(vm.libkrunfw.as_deref())?;
+            // Elsewhere libkrun copies the kernel into aligned memory by itself, and takes no ELF.
+            if !cfg!(target_arch = "x86_64") {
+                if vm.kernel.is_some() {
+                    bail!(
+                        "vm.kernel.parameters and initrd: not supported without vm.kernel.path on this architecture"
+                    );
+                }
+                return Ok(None);
+            }
+            (library.file()?, ELF)
+        };
+        let kernel = Kernel { file, format, initrd, command_line };
+        initrd_path.map_or(Ok(()), |path| kernel.takes_initrd(path))?;
+        Ok(Some(kernel))
+    }
+
+    /// Refuses an initial RAM disk that the kernel would pass over, as libkrunfw's does. What a packed kernel takes
+    /// cannot be told.
+    fn takes_initrd(&self, path: &Path) -> anyhow::Result<()> {
+        // A parameter that only kernels with CONFIG_BLK_DEV_INITRD know.
+        const SIGN: &[u8] = b"noinitrd";
+        let mut image = Vec::new();
+        io::Read::read_to_end(&mut &self.file, &mut image).context("read the guest kernel")?;
+        if self.format == ELF && !image.windows(SIGN.len()).any(|window| window == SIGN) {
             bail!(
-                "vm.kernel.parameters and initrd: not supported without vm.kernel.path on this architecture"
+                "vm.kernel.initrd {}: this kernel takes no initial RAM disk, as libkrunfw's does not",
+                path.display()
             );
         }
-        Ok(None)
+        Ok(())
     }
 }
 
@@ -222,6 +243,9 @@ fn open_plain(path: &Path, field: &str) -> anyhow::Result<File> {
     Ok(file)
 }
 
+/// libkrun's number for an ELF file.
+const ELF: u32 = 1;
+
 /// libkrun's number for a kernel's format: ELF, or on x86 a bzImage by how the ELF in it is packed, elsewhere a raw
 /// image or one packed in a PE.
 fn format(file: &File) -> anyhow::Result<u32> {
@@ -230,7 +254,7 @@ fn format(file: &File) -> anyhow::Result<u32> {
     let head = &head[..length];
     let is_bzimage = head.get(0x202..0x206) == Some(b"HdrS");
     if head.starts_with(b"\x7fELF") {
-        return Ok(1);
+        return Ok(ELF);
     }
     if cfg!(target_arch = "x86_64") && is_bzimage {
         let mut image = Vec::new();

@@ -162,7 +162,10 @@ pub const FIELDS: &[Field] = &[
     field("linux.resources.rdma", HOST_HARDWARE),
     field("linux.resources.unified", Both).note("`cpuset.`, `io.`, `rdma.`, `misc.` on the host"),
     field("vm.hypervisor", Refused("the hypervisor is libkrun, linked into a3s-box")),
-    field("vm.kernel", Both).note("an empty path is the configured kernel with more parameters"),
+    field("vm.kernel.path", Host)
+        .note("ELF, or on x86 a bzImage (gzip, bzip2, zstd); empty: the configured kernel"),
+    field("vm.kernel.parameters", Guest).note("added to a3s-box's own"),
+    field("vm.kernel.initrd", Guest).note("with a kernel that takes one: libkrunfw's does not"),
     field("vm.image", Refused("the VM's root file system is the container's")),
     field("vm.hwConfig.vcpus", Host),
     field("vm.hwConfig.memory", Host).note("bytes"),

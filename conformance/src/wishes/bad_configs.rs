@@ -227,6 +227,11 @@ pub const CONFIGS: &[Bad] = &[
         |c| c.set("/linux/timeOffsets", json!({ "monotonic": { "secs": 1 } })),
         &["linux.timeOffsets"],
     ),
+    bad(
+        "bad-input/a-network-device-of-the-hosts",
+        |c| c.set("/linux/netDevices", json!({ "eth9": { "name": "eth0" } })),
+        &["linux.netDevices", "eth9"],
+    ),
     bad("bad-input/windows", |c| c.set("/windows", json!({ "layerFolders": ["x"] })), &["windows"]),
     bad(
         "bad-input/a-hypervisor",

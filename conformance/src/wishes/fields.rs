@@ -78,8 +78,6 @@ pub fn cases() -> Vec<Case> {
         sharing(At::Vm, full, FIELDS),
         sharing(At::Local, without_limits, &FIELDS[..FIELDS.len() - 1]),
         wish(At::Both, "devices/a-privileged-container-has-what-the-guest-has", privileged),
-        wish(At::Vm, "vm/kernel-parameters-and-sizes-are-as-asked", vm_object),
-        wish(At::Vm, "vm/a-kernel-that-is-none-is-refused", no_kernel),
         wish(At::Local, "devices/another-file-in-their-place-is-an-error", occupied),
         wish(At::Vm, "resources/no-more-processes-than-none", no_pids),
         wish(At::Local, "resources/ignored-ones-are-warned-about", ignored),
@@ -158,32 +156,6 @@ fn privileged(world: &'static World) -> Result<()> {
     same(&output.text(), &"1:b\na:e5\nopened\n".into())
 }
 
-fn vm_object(world: &'static World) -> Result<()> {
-    let script = "grep -o 'a3sbox.wish=[0-9]*' /proc/cmdline; nproc; grep MemTotal /proc/meminfo | tr -s ' ' | cut -d ' ' -f 2";
-    let config = Config::sh(script)
-        .without("/annotations")
-        .set("/vm/kernel", json!({ "path": "", "parameters": ["a3sbox.wish=7"] }))
-        .set("/vm/hwConfig", json!({ "vcpus": 1, "memory": 300 << 20 }));
-    let said = world.run_config(&config)?;
-    let lines: Vec<&str> = said.lines().collect();
-    same(&(lines[0], lines[1]), &("a3sbox.wish=7", "1"))?;
-    let kib: u64 = lines[2].parse()?;
-    ensure!((220 * 1024..=300 * 1024).contains(&kib), "{kib} KiB of 300 MiB");
-    Ok(())
-}
-
-fn no_kernel(world: &'static World) -> Result<()> {
-    for (path, words) in [
-        ("/etc/passwd", "not a kernel image"),
-        ("/dev/zero", "not a regular file"),
-        ("/no/kernel", "no such file"),
-    ] {
-        let config = Config::sh("echo ran").set("/vm/kernel/path", json!(path));
-        world.run(&world.bundle(&config)?, b"")?.code(1)?.one_line(&["vm.kernel.path", path, words])?;
-    }
-    Ok(())
-}
-
 fn occupied(world: &'static World) -> Result<()> {
     let device = json!({ "path": "/etc/passwd", "type": "c", "major": 1, "minor": 3 });
     let config = Config::sh("echo ran").set("/linux/devices", json!([device]));
@@ -203,17 +175,31 @@ fn no_pids(world: &'static World) -> Result<()> {
     Ok(())
 }
 
+/// Each of them once, with its reason, whatever its value.
 fn ignored(world: &'static World) -> Result<()> {
-    let config = Config::sh("echo ran")
-        .set("/linux/resources/memory", json!({ "swappiness": 10 }))
-        .set("/linux/resources/rdma", json!({ "mlx5_1": { "hcaHandles": 3 } }))
-        .set("/linux/intelRdt", json!({ "closID": "x" }));
+    const FIELDS: [(&str, &str); 12] = [
+        ("linux.resources.memory.swappiness", "10"),
+        ("linux.resources.memory.kernel", "1000000"),
+        ("linux.resources.cpu.realtimeRuntime", "1000"),
+        ("linux.resources.blockIO.leafWeight", "100"),
+        ("linux.resources.network", r#"{"classID": 7}"#),
+        ("linux.resources.rdma", r#"{"mlx5_1": {"hcaHandles": 3}}"#),
+        ("linux.intelRdt", r#"{"closID": "x"}"#),
+        ("linux.memoryPolicy", r#"{"mode": "MPOL_BIND", "nodes": "0"}"#),
+        ("linux.mountLabel", r#""label""#),
+        ("process.selinuxLabel", r#""label""#),
+        ("process.apparmorProfile", r#""profile""#),
+        ("process.execCPUAffinity", r#"{"initial": "0"}"#),
+    ];
+    let config = FIELDS.iter().try_fold(Config::sh("echo ran"), |config, (field, value)| {
+        anyhow::Ok(config.set(&format!("/{}", field.replace('.', "/")), serde_json::from_str(value)?))
+    })?;
     let output = world.run(&world.bundle(&config)?, b"")?.code(0)?;
     same(&output.text(), &"ran\n".into())?;
-    for field in ["memory.swappiness", "linux.resources.rdma", "linux.intelRdt"] {
+    for (field, _) in FIELDS {
         let told =
             output.stderr.lines().filter(|line| line.contains(field) && line.contains("ignored")).count();
         ensure!(told == 1, "{field} is told of {told} times: {:?}", output.stderr);
     }
-    Ok(())
+    same(&output.stderr.lines().count(), &FIELDS.len())
 }

@@ -27,6 +27,7 @@ mod mount_order;
 mod mounts;
 mod network;
 mod network_faults;
+mod own_kernel;
 mod pause;
 mod pods;
 mod resources;
@@ -81,6 +82,7 @@ pub fn all() -> Vec<Case> {
             seccomp::cases(),
             systemd::cases(),
             fields::cases(),
+            own_kernel::cases(),
             engines::cases(),
             update::cases(),
             listing::cases(),

@@ -130,6 +130,7 @@ fn config(host: &Path, shm: &Path) -> Config {
         .mount("/copied", "tmpfs", "tmpfs", &["rw", "rprivate", "nosuid", "nodev", "tmpcopyup"])
         .mount("/moded", "tmpfs", "tmpfs", &["size=1m"])
         .mount("/brand-new", "tmpfs", "tmpfs", &[])
+        .mount("/belongs", "tmpfs", "tmpfs", &["uid=7", "gid=8", "mode=750"])
         .mount("/sized", "tmpfs", "tmpfs", &["size=1m"])
         .mount("/sized", "tmpfs", "tmpfs", &["remount", "size=2m", "noexec"])
         .mount("/unbindable", "tmpfs", "tmpfs", &["unbindable"])
@@ -203,6 +204,9 @@ const WISHES: &[Wish<Mounts>] = &[
     }),
     ("mount-options/a-tmpfs-takes-the-mode-of-what-it-hides", |m| {
         m.container.says("stat -c %a /moded /brand-new /copied", "2711\n1777\n755")
+    }),
+    ("mount-options/a-tmpfs-belongs-to-whom-it-should", |m| {
+        m.container.says("stat -c '%u:%g %a' /belongs", "7:8 750")
     }),
     ("mount-options/propagation-stays-inside", |m| {
         m.has("/unbindable", &["unbindable"], &[])?;
