@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Config, mount};
+use super::Config;
 
 const DOCKER_CAPABILITIES: [&str; 14] = [
     "CAP_CHOWN",
@@ -50,7 +50,6 @@ const MASKED: [&str; 11] = [
     "/sys/firmware",
 ];
 const READONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
-const PLAIN: [&str; 3] = ["nosuid", "noexec", "nodev"];
 
 /// moby 28 and later (daemon/pkg/oci/defaults.go, daemon/oci_linux.go), `docker run -m 128m --pids-limit 60`.
 pub fn docker(script: &str) -> Config {
@@ -173,21 +172,4 @@ fn base(script: &str, capabilities: &[&str], namespaces: &[&str]) -> Config {
         .set("/linux/namespaces", json!(namespaces))
         .set("/linux/maskedPaths", json!(MASKED))
         .set("/linux/readonlyPaths", json!(READONLY))
-        .set(
-            "/mounts",
-            json!([
-                mount("/proc", "proc", "proc", &PLAIN),
-                mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-                mount(
-                    "/dev/pts",
-                    "devpts",
-                    "devpts",
-                    &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
-                ),
-                mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-                mount("/sys/fs/cgroup", "cgroup", "cgroup", &["ro", "nosuid", "noexec", "nodev"]),
-                mount("/dev/mqueue", "mqueue", "mqueue", &PLAIN),
-                mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
-            ]),
-        )
 }
