@@ -33,3 +33,13 @@ streams/of-the-caller-may-be-closed | 139, not 5 | exec crashes where streams ar
 version/in-runcs-form | crun version 1.28 | a version of two numbers
 chaos/create-killed-at-any-moment | | a create that is killed may leave its cgroup
 detach/nothing-of-the-callers-is-held-but-the-streams | | by chance: descriptors stay open until the program runs
+vm/kernel-parameters-and-sizes-are-as-asked | | it has no VM
+terminal/execs-own-is-raw-and-as-before-in-the-end | ended with 1, not 255 | every failure is 1
+terminal/of-the-container-itself | use --console-socket with create | other words
+start/twice-at-once-one-wins | exec.fifo | other words
+seccomp/both-* | read pipe failed | exec cannot stand a filter that traps umask
+seccomp/errno-* | read pipe failed | exec cannot stand a filter that traps umask
+seccomp/kill-* | read pipe failed | exec cannot stand a filter that traps umask
+seccomp/arguments-* | read pipe failed | exec cannot stand a filter that traps umask
+seccomp/dockers-* | newer than the profile: 1 | a call that is newer than the profile is no ENOSYS
+create/a-pidfd-is-sent-to-its-socket | | it has no --pidfd-socket

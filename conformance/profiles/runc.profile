@@ -13,3 +13,4 @@ flags/every-global-one-in-every-form | flag provided but not defined | it has no
 flags/creates-and-runs-in-every-form | -no-subreaper | create has no --no-subreaper
 state/one-object-with-the-fields-of-runc | String("") | state leaves the owner out
 chaos/create-killed-at-any-moment | | a create that is killed may leave its cgroup
+vm/kernel-parameters-and-sizes-are-as-asked | | it has no VM

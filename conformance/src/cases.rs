@@ -40,7 +40,7 @@ impl At {
             Level::Smoke => self == At::All,
             Level::Systemd => self == At::Systemd,
             Level::Engines => self == At::Engines,
-            Level::Contract => matches!(self, At::Vm | At::Both | At::All),
+            Level::Contract => matches!(self, At::Vm | At::Both | At::All | At::Systemd),
         }
     }
 }

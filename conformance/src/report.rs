@@ -2,13 +2,25 @@
 //!
 //! In: results. Out: text. Must not: decide what counts as a failure but by the profile.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::time::Instant;
 
 use anyhow::{Error, Result};
 
 use crate::profile::{Expected, Profile};
-use crate::requirements::{Held, REQUIREMENTS};
+use crate::requirements::REQUIREMENTS;
+
+/// Why a wish cannot be asked on this machine, or with what was given. It counts as not run, whatever the profile says.
+#[derive(Debug)]
+pub struct NotHere(pub &'static str);
+
+impl fmt::Display for NotHere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for NotHere {}
 
 /// What became of a wish.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,18 +65,20 @@ impl Report {
 
     /// Notes what came of a wish.
     pub fn report(&mut self, name: &str, result: &Result<()>, begin: Instant) {
-        let verdict = match (self.profile.expected(name), result) {
-            (Expected::Differs { reason, .. }, Ok(())) => {
+        let not_here = result.as_ref().err().and_then(|error| error.downcast_ref());
+        let verdict = match (not_here, self.profile.expected(name), result) {
+            (Some(NotHere(reason)), ..) => Verdict::Absent(reason.to_string()),
+            (None, Expected::Differs { reason, .. }, Ok(())) => {
                 Verdict::Failed(format!("it came true, but the profile says: {reason}"))
             }
-            (Expected::Differs { words, reason }, Err(error)) if one_line(error).contains(&words) => {
+            (None, Expected::Differs { words, reason }, Err(error)) if one_line(error).contains(&words) => {
                 Verdict::Differs(reason)
             }
-            (Expected::Differs { words, .. }, Err(error)) => {
+            (None, Expected::Differs { words, .. }, Err(error)) => {
                 Verdict::Failed(format!("not as the profile says ({words}): {}", one_line(error)))
             }
-            (_, Ok(())) => Verdict::Passed,
-            (_, Err(error)) => Verdict::Failed(one_line(error)),
+            (None, _, Ok(())) => Verdict::Passed,
+            (None, _, Err(error)) => Verdict::Failed(one_line(error)),
         };
         self.add(name, verdict, begin.elapsed().as_secs_f64());
     }
@@ -115,14 +129,7 @@ pub fn table(reports: &[Report]) -> String {
     let mut notes = Vec::new();
     for requirement in REQUIREMENTS {
         let title = format!("{}: {}", requirement.id, requirement.demand);
-        let wishes = match requirement.held {
-            Held::By(wishes) => wishes,
-            Held::Later(reason) => {
-                line(&vec!["later"; reports.len()], &format!("{title} ({reason})"));
-                continue;
-            }
-        };
-        let cells: Vec<&str> = reports.iter().map(|report| cell(report, wishes)).collect();
+        let cells: Vec<&str> = reports.iter().map(|report| cell(report, requirement.wishes)).collect();
         if cells.iter().any(|cell| *cell != "-") {
             line(&cells, &title);
         }
@@ -229,6 +236,15 @@ mod tests {
     #[test]
     fn a_difference_is_expected_and_a_failure_is_not() {
         assert_eq!(report().counts(), (2, 1));
+    }
+
+    #[test]
+    fn what_cannot_be_asked_here_is_no_result_and_no_failure() {
+        let mut report = Report::new("r".into(), Profile::default());
+        let unfit = Err(Error::new(NotHere("no such rootfs")).context("set-up"));
+        report.report("debian/one-run-shows-it-all", &unfit, Instant::now());
+        assert_eq!(report.counts(), (0, 0));
+        assert_eq!(report.rows[0].verdict, Verdict::Absent("no such rootfs".into()));
     }
 
     #[test]

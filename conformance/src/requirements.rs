@@ -12,24 +12,11 @@ pub struct Requirement {
     /// In a few words.
     pub demand: &'static str,
     /// What holds a runtime to it.
-    pub held: Held,
-}
-
-/// How a demand is tested.
-#[derive(Clone, Copy, Debug)]
-pub enum Held {
-    /// By these wishes.
-    By(&'static [&'static str]),
-    /// Not yet, and what it waits for.
-    Later(&'static str),
+    pub wishes: &'static [&'static str],
 }
 
 const fn by(id: &'static str, demand: &'static str, wishes: &'static [&'static str]) -> Requirement {
-    Requirement { id, demand, held: Held::By(wishes) }
-}
-
-const fn later(id: &'static str, demand: &'static str, reason: &'static str) -> Requirement {
-    Requirement { id, demand, held: Held::Later(reason) }
+    Requirement { id, demand, wishes }
 }
 
 /// Whether a wish belongs to any demand.
@@ -39,10 +26,7 @@ pub fn holds(name: &str) -> bool {
 
 /// The first demand that a wish belongs to.
 pub fn of(name: &str) -> Option<&'static str> {
-    let has = |requirement: &&Requirement| match requirement.held {
-        Held::By(wishes) => wishes.contains(&name),
-        Held::Later(_) => false,
-    };
+    let has = |requirement: &&Requirement| requirement.wishes.contains(&name);
     REQUIREMENTS.iter().find(has).map(|requirement| requirement.id)
 }
 
@@ -110,15 +94,27 @@ pub const REQUIREMENTS: &[Requirement] = &[
         "its cgroup is cgroupsPath",
         &["pid/its-cgroup-is-cgroups-path", "pid/what-runs-below-it-is-in-its-cgroup"],
     ),
-    later("P16", "an interface plugged in before start is usable", "network"),
+    by(
+        "P16",
+        "an interface plugged in before start is usable",
+        &["net/what-is-plugged-before-start-is-found"],
+    ),
     by(
         "P17",
         "the root file system may be mounted at create alone",
         &["create/a-root-mounted-for-create-alone"],
     ),
     by("P18", "config.json is read once", &["create/config-json-is-read-once"]),
-    later("P19", "delete without --systemd-cgroup cleans the scope", "systemd, level systemd has it"),
-    by("C1", "state is one object with the known fields", &["state/one-object-with-the-fields-of-runc"]),
+    by(
+        "P19",
+        "delete without --systemd-cgroup cleans the scope",
+        &["systemd/delete-without-the-flag-takes-the-scope-along"],
+    ),
+    by(
+        "C1",
+        "state is one object with the known fields",
+        &["state/one-object-with-the-fields-of-runc", "state/created-is-the-time-of-create"],
+    ),
     by(
         "C2",
         "created, running, paused, stopped",
@@ -155,12 +151,16 @@ pub const REQUIREMENTS: &[Requirement] = &[
     by(
         "C9",
         "a second create is refused and harmless",
-        &["create/the-same-id-twice-is-refused-and-harmless"],
+        &["create/the-same-id-twice-is-refused-and-harmless", "create/twice-at-once-one-wins"],
     ),
     by(
         "C10",
         "a second start is refused",
-        &["start/a-second-start-is-refused", "start/a-stopped-container-is-refused"],
+        &[
+            "start/a-second-start-is-refused",
+            "start/a-stopped-container-is-refused",
+            "start/twice-at-once-one-wins",
+        ],
     ),
     by(
         "C11",
@@ -169,11 +169,13 @@ pub const REQUIREMENTS: &[Requirement] = &[
     ),
     by(
         "C12",
-        "exec in the foreground (terminal: later)",
+        "exec in the foreground",
         &[
             "exec/output-errors-and-status-are-the-programs",
             "exec/stdin-reaches-the-program-to-its-end",
             "exec/signals-are-forwarded",
+            "terminal/a-process-file-may-want-the-callers-own",
+            "terminal/execs-own-is-raw-and-as-before-in-the-end",
         ],
     ),
     by(
@@ -185,13 +187,17 @@ pub const REQUIREMENTS: &[Requirement] = &[
             "detach/paused-stopped-and-unknown-are-refused-without-a-pid-file",
         ],
     ),
-    later("C14", "the terminal's master is sent before create ends", "terminals"),
+    by("C14", "the terminal's master is sent before create ends", &["terminal/of-the-container-itself"]),
     by(
         "C15",
         "all output arrives, ignored input blocks nobody",
         &["streams/a-created-containers-own-pipes-carry-everything"],
     ),
-    later("C16", "update takes resources in every form", "update"),
+    by(
+        "C16",
+        "update takes resources in every form",
+        &["update/takes-resources-in-every-form", "update/memory-may-grow"],
+    ),
     by(
         "C17",
         "a paused container",
@@ -235,7 +241,12 @@ pub const REQUIREMENTS: &[Requirement] = &[
     by(
         "C25",
         "every flag of engines is taken",
-        &["flags/every-global-one-in-every-form", "flags/creates-and-runs-in-every-form"],
+        &[
+            "flags/every-global-one-in-every-form",
+            "flags/creates-and-runs-in-every-form",
+            "create/preserved-descriptors-reach-the-process",
+            "create/a-pidfd-is-sent-to-its-socket",
+        ],
     ),
     by(
         "runtime.md Start",
@@ -288,6 +299,7 @@ pub const REQUIREMENTS: &[Requirement] = &[
             "mounts/each-file-system-is-there-with-its-options",
             "mounts/a-read-only-bind-cannot-be-changed",
             "mounts/a-single-file-is-bound",
+            "mounts/a-bound-fifo-reaches-the-host",
         ],
     ),
     by(
@@ -301,6 +313,7 @@ pub const REQUIREMENTS: &[Requirement] = &[
             "process/rlimits-are-as-asked",
             "process/no-new-privileges-is-as-asked",
             "process/oom-score-is-as-asked",
+            "process/scheduling-is-as-asked",
         ],
     ),
     by("config.md Hostname", "host and domain name", &["process/hostname-and-domainname-are-as-asked"]),
@@ -321,6 +334,7 @@ pub const REQUIREMENTS: &[Requirement] = &[
             "pid/namespaces-are-its-own",
             "process/the-first-is-pid-1-of-its-namespace",
             "pid/a-network-namespace-given-by-path-is-joined",
+            "namespaces/pid-given-by-path-is-joined",
         ],
     ),
     by(
@@ -328,6 +342,52 @@ pub const REQUIREMENTS: &[Requirement] = &[
         "hidden, or not to be changed",
         &["mounts/masked-paths-are-empty", "mounts/readonly-paths-cannot-be-changed"],
     ),
+    by(
+        "config-linux.md Devices",
+        "made with their numbers, mode and owner",
+        &["devices/are-made-with-numbers-owner-and-mode", "devices/of-the-host-are-made"],
+    ),
+    by(
+        "config-linux.md Control groups",
+        "limits hold, devices that no rule allows stay shut",
+        &["resources/every-limit-becomes-the-guests", "devices/one-that-no-rule-allows-cannot-be-opened"],
+    ),
+    by(
+        "config-linux.md Sysctl",
+        "parameters of its namespaces",
+        &["sysctl/parameters-hold-in-the-container"],
+    ),
+    by(
+        "config-linux.md Offset for Time Namespace",
+        "clocks are shifted",
+        &["time/offsets-hold-for-the-first-process-and-for-others"],
+    ),
+    by(
+        "config-linux.md Personality",
+        "the execution domain",
+        &["personality/linux32-is-what-all-processes-have"],
+    ),
+    by(
+        "config-linux.md Seccomp",
+        "actions, errno, arguments; what engines load bites; a listener",
+        &[
+            "seccomp/both-the-first-process-and-exec-are-filtered",
+            "seccomp/errno-is-the-one-given",
+            "seccomp/errno-is-eperm-where-none-is-given",
+            "seccomp/kill-process-ends-it-by-sigsys",
+            "seccomp/arguments-equal-less-and-greater",
+            "seccomp/arguments-under-a-mask",
+            "seccomp/dockers-default-profile-bites",
+            "seccomp/podmans-default-profile-bites",
+            "seccomp/notify-hands-the-listener-over",
+        ],
+    ),
+    by(
+        "config-linux.md Rootfs Mount Propagation",
+        "inside, and out of it",
+        &["mounts/root-propagation-may-be-shared", "mounts/a-shared-bind-brings-mounts-back-to-the-host"],
+    ),
+    by("config-vm.md", "a kernel and a size", &["vm/kernel-parameters-and-sizes-are-as-asked"]),
 ];
 
 #[cfg(test)]
@@ -339,10 +399,9 @@ mod tests {
         let cases = crate::wishes::all();
         let names: Vec<_> = cases.iter().flat_map(|case| case.names.iter().copied()).collect();
         for requirement in REQUIREMENTS {
-            if let Held::By(wishes) = requirement.held {
-                for wish in wishes {
-                    assert!(names.contains(wish), "{}: {wish}", requirement.id);
-                }
+            assert!(!requirement.wishes.is_empty(), "{}", requirement.id);
+            for wish in requirement.wishes {
+                assert!(names.contains(wish), "{}: {wish}", requirement.id);
             }
         }
         let numbers = (1..=19).map(|n| format!("P{n}")).chain((1..=25).map(|n| format!("C{n}")));

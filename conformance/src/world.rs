@@ -15,6 +15,7 @@ use serde_json::json;
 use crate::config::Config;
 use crate::options::{Level, Options};
 use crate::process::{self, Output, Running};
+use crate::report::NotHere;
 
 /// The suite's surroundings.
 #[derive(Debug)]
@@ -104,9 +105,9 @@ impl World {
         &self.busybox
     }
 
-    /// The Debian root file system, where one was given: read-only.
-    pub fn debian(&self) -> Option<&Path> {
-        self.debian.as_deref()
+    /// The Debian root file system, read-only.
+    pub fn debian(&self) -> Result<&Path> {
+        self.debian.as_deref().context(NotHere("no --rootfs debian=DIR was given"))
     }
 
     /// A fresh copy of the busybox root file system.

@@ -186,7 +186,7 @@ pub fn of_debian(world: &'static World, config: Config) -> Result<Container> {
     let dir = world.make_dir("debian")?;
     let file = dir.join("resolv.conf");
     fs::write(&file, "nameserver 127.0.0.11\n")?;
-    let debian = world.debian().context("--rootfs debian=DIR is needed")?;
+    let debian = world.debian()?;
     let files = json!([{ "type": "RLIMIT_NOFILE", "hard": 4096, "soft": 4096 }]);
     let config =
         config.set("/root", json!({ "path": debian, "readonly": true })).set("/process/rlimits", files);

@@ -80,7 +80,7 @@ const HIDE: &str = "d=$(mktemp -d); mount -t tmpfs tmpfs $d; mkdir $d/net
     mount --rbind $d /dev; umount -l $d; rmdir $d; test ! -e /dev/kvm";
 
 fn debian(world: &'static World) -> Result<()> {
-    let Some(rootfs) = world.debian() else { return Ok(()) };
+    let rootfs = world.debian()?;
     let script =
         "uname -r; tr '\\0' ' ' </proc/1/cmdline; echo; id; umask; . /etc/os-release; echo $ID; exit 42";
     let config = Config::new(&["/bin/bash", "-c", script])

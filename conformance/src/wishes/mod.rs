@@ -27,6 +27,7 @@ mod mount_order;
 mod mounts;
 mod network;
 mod network_faults;
+mod not_everywhere;
 mod own_kernel;
 mod pause;
 mod pods;
@@ -83,6 +84,7 @@ pub fn all() -> Vec<Case> {
             systemd::cases(),
             fields::cases(),
             own_kernel::cases(),
+            not_everywhere::cases(),
             engines::cases(),
             update::cases(),
             listing::cases(),

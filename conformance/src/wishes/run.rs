@@ -139,8 +139,13 @@ fn state_while_running(world: &'static World) -> Result<()> {
     let bundle = world.bundle(&Config::sh("echo up; cat"))?;
     let mut run = world.start(&["run", "--bundle", &bundle.to_string_lossy(), "--keep", &id])?;
     run.read_until("up")?;
-    let state: serde_json::Value = serde_json::from_slice(&world.ok(&["state", &id])?.stdout)?;
-    same(&state["status"], &"running".into())?;
+    let mut state = serde_json::Value::Null;
+    // It is noted once the program has been executed: a state that is a little late is none that is false.
+    eventually("the state running", world.patience(), || {
+        state = serde_json::from_slice(&world.ok(&["state", &id])?.stdout)?;
+        ensure!(["created", "running"].iter().any(|status| state["status"] == *status), "{state}");
+        Ok(state["status"] == "running")
+    })?;
     ensure!(run.pid() != state["pid"].as_i64().unwrap_or(0) as i32, "the container's pid is run's own");
     run.finish()?.code(0)?;
     world.ok(&["delete", &id]).map(drop)

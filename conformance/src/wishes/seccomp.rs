@@ -191,7 +191,7 @@ const PODMAN_SAYS: Says = [
 
 /// Debian's perl makes the calls, as docker and podman run it: without no_new_privs.
 fn engine(world: &'static World, profile: &str, says: &Says) -> Result<()> {
-    let Some(rootfs) = world.debian() else { return Ok(()) };
+    let rootfs = world.debian()?;
     let calls = says.map(|(_, call, _)| format!("[{call}]")).join(", ");
     let script = format!(
         "for my $c ({calls}) {{ $! = 0; my $r = syscall($$c[0], @$c[1..$#$c]); print $r == -1 ? $!+0 : 0, \"\\n\" }}"

@@ -14,6 +14,7 @@ use crate::cases::{At, Case, Wish, sharing, wish};
 use crate::config::Config;
 use crate::container::Container;
 use crate::process::{self, eventually};
+use crate::report::NotHere;
 use crate::world::World;
 
 const FLAG: &[&str] = &["--systemd-cgroup"];
@@ -84,6 +85,10 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn scoped(world: &'static World) -> Result<Scoped> {
+    // sd_booted(3).
+    if !Path::new("/run/systemd/system").is_dir() {
+        return Err(NotHere("systemd does not run this host").into());
+    }
     let name = world.name("s");
     let config =
         Config::idle().set("/linux/cgroupsPath", json!(format!("a3sconf-pod.slice:conformance:{name}")));

@@ -277,8 +277,7 @@ fn of_container(world: &'static World) -> Result<()> {
     same(&terminal.rest()?.as_str(), &"")?;
     world.ok(&["delete", &id])?;
     let refused = ["create", "--bundle", &bundle, &id];
-    world
-        .refused(&refused, &["cannot allocate tty if a3s-box will detach without setting console socket"])?;
+    world.refused(&refused, &["cannot allocate tty if ", " will detach without setting console socket"])?;
     world.refused(&["state", &id], &["does not exist"]).map(drop)
 }
 

@@ -11,6 +11,7 @@ use crate::cases::{At, Case, Wish, sharing, wish};
 use crate::config::Config;
 use crate::container::Container;
 use crate::process::{self, Output};
+use crate::report::NotHere;
 use crate::world::World;
 
 const MIB: u64 = 1 << 20;
@@ -31,8 +32,21 @@ const WISHES: &[Wish<Container>] = &[
         container.says("cat /sys/fs/cgroup/memory.max", &(64 * MIB).to_string())?;
         let document =
             json!({ "memory": { "limit": 128 * MIB }, "pids": { "limit": 0 }, "unknown": { "field": 1 } });
-        by_stdin(container, "--resources=-", &document)?.code(0)?.quiet()?;
+        by_stdin(container, &["--resources=-"], &document)?.code(0)?.quiet()?;
         container.says("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max", &format!("{}\n30", 128 * MIB))
+    }),
+    ("update/takes-resources-in-every-form", |container| {
+        let file = container.bundle.join("resources.json").to_string_lossy().into_owned();
+        let by_file = format!("--resources={file}");
+        let forms: [&[&str]; 5] =
+            [&["--resources=-"], &["--resources", "-"], &["-r", "-"], &[&by_file], &["--resources", &file]];
+        for (limit, flags) in (41..).zip(forms) {
+            let document = json!({ "pids": { "limit": limit }, "unknown": { "field": 1 } });
+            fs::write(&file, document.to_string())?;
+            by_stdin(container, flags, &document)?.code(0)?.quiet()?;
+            container.says("cat /sys/fs/cgroup/pids.max", &limit.to_string())?;
+        }
+        update(container, &["--pids-limit", "30"])
     }),
     ("update/more-memory-than-the-vm-has-is-refused", |container| {
         let words = ["linux.resources.memory.limit 1073741824", "194 MiB", "cannot grow"];
@@ -62,9 +76,13 @@ const WISHES: &[Wish<Container>] = &[
         container.world.refused(&args, &["cpuset.cpus", "4000"])?;
         container.says("cat /sys/fs/cgroup/pids.max", &before)?;
         same(&host(container, "cpuset.cpus")?, &"0".into())?;
-        by_stdin(container, "-r=-", &json!({ "unified": { "pids.max": "17", "memory.high": "nonsense" } }))?
-            .code(1)?
-            .one_line(&["memory.high", "nonsense"])?;
+        by_stdin(
+            container,
+            &["-r=-"],
+            &json!({ "unified": { "pids.max": "17", "memory.high": "nonsense" } }),
+        )?
+        .code(1)?
+        .one_line(&["memory.high", "nonsense"])?;
         container.says("cat /sys/fs/cgroup/pids.max", &before)
     }),
     ("update/a-file-and-cpusets", |container| {
@@ -111,6 +129,7 @@ pub fn cases() -> Vec<Case> {
         sharing(At::Vm, limited, WISHES),
         wish(At::Local, "host/cpusets-and-bounds-hold-in-every-hierarchy", in_every_hierarchy),
         wish(At::Local, "host/a-cpu-that-is-not-there-is-named", no_such_cpu),
+        wish(At::Vm, "host/limits-of-disks-are-the-hosts", disk),
         wish(At::Local, "update/what-it-cannot-do-is-named", refusals),
         wish(At::Local, "events/mistakes-are-named", mistakes),
     ]
@@ -129,8 +148,8 @@ fn update(container: &Container, flags: &[&str]) -> Result<()> {
     container.world.ok(&[&["update"], flags, &[container.id.as_str()]].concat()).map(drop)
 }
 
-fn by_stdin(container: &Container, flag: &str, document: &Value) -> Result<Output> {
-    let command = container.world.command(&["update", flag, &container.id]);
+fn by_stdin(container: &Container, flags: &[&str], document: &Value) -> Result<Output> {
+    let command = container.world.command(&[&["update"], flags, &[container.id.as_str()]].concat());
     process::run(command, document.to_string().as_bytes(), container.world.patience())
 }
 
@@ -163,6 +182,22 @@ fn in_every_hierarchy(world: &'static World) -> Result<()> {
     same(&host(&container, "cpuset.cpus")?, &"0-1".into())
 }
 
+/// The guest has no disk: its files come through the VMM, which the limit holds back.
+fn disk(world: &'static World) -> Result<()> {
+    let disks = fs::read_dir("/sys/block")?.flatten().map(|entry| entry.path());
+    let disk = disks
+        .filter(|path| path.join("device").exists())
+        .find_map(|path| fs::read_to_string(path.join("dev")).ok());
+    let disk = disk.context(NotHere("this host has no disk"))?.trim().to_string();
+    let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+    ensure!(controllers.contains("io"), NotHere("this host has no cgroup v2 controller for disks"));
+    let (major, minor) = disk.split_once(':').context("major:minor")?;
+    let rate = |rate: u64| json!([{ "major": major.parse::<u64>().ok(), "minor": minor.parse::<u64>().ok(), "rate": rate }]);
+    let limits = json!({ "throttleReadBpsDevice": rate(1 << 20), "throttleWriteIOPSDevice": rate(100) });
+    let container = Container::running(world, &Config::idle().set("/linux/resources/blockIO", limits))?;
+    same(&host(&container, "io.max")?, &format!("{disk} rbps=1048576 wbps=max riops=max wiops=100"))
+}
+
 fn no_such_cpu(world: &'static World) -> Result<()> {
     let bundle =
         world.bundle(&Config::idle().set("/linux/resources", json!({ "cpu": { "cpus": "4000" } })))?;
@@ -183,11 +218,11 @@ fn refusals(world: &'static World) -> Result<()> {
     ] {
         world.refused(&[&["update"], args, &[id]].concat(), &words)?;
     }
-    by_stdin(&container, "--resources=-", &json!([]))?
+    by_stdin(&container, &["--resources=-"], &json!([]))?
         .code(1)?
         .one_line(&["--resources -", "not an object"])?;
     let wrong = json!({ "pids": { "limit": "many" } });
-    by_stdin(&container, "--resources=-", &wrong)?.code(1)?.one_line(&["--resources -", "many"])?;
+    by_stdin(&container, &["--resources=-"], &wrong)?.code(1)?.one_line(&["--resources -", "many"])?;
     container.kill("KILL")?;
     let mut container = container;
     same(&container.wait_for(Duration::from_secs(5))?, &137)?;
