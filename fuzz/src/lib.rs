@@ -1,5 +1,4 @@
-//! The host's pure modules, from bytes to a plan, for the fuzzer: `cargo +nightly fuzz run config` in this directory's
-//! parent.
+//! The host's pure modules, from bytes to a plan, for the fuzzer: `scripts/fuzz` (or `cargo fuzz run config`).
 #![allow(dead_code)]
 
 #[path = "../../src/bundle.rs"]
