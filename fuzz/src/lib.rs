@@ -7,6 +7,8 @@ pub mod bundle;
 pub mod cli;
 #[path = "../../src/plan/mod.rs"]
 pub mod plan;
+#[path = "../../src/sandbox.rs"]
+pub mod sandbox;
 #[path = "../../src/seccomp.rs"]
 pub mod seccomp;
 #[path = "../../src/support/mod.rs"]

@@ -43,7 +43,7 @@ fn document() -> Result<String> {
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": is_honoured("linux.intelRdt") },
-            "memoryPolicy": { "enabled": is_honoured("linux.memoryPolicy") },
+            "memoryPolicy": { "modes": [], "flags": [] },
             "mountExtensions": { "idmap": { "enabled": is_honoured("mounts[].uidMappings") } },
             "netDevices": { "enabled": is_honoured("linux.netDevices") }
         },
@@ -52,7 +52,8 @@ fn document() -> Result<String> {
             "a3s.box/version": env!("CARGO_PKG_VERSION"),
             "a3s.box/libkrun.version": crate::vmm::library()
         },
-        "potentiallyUnsafeConfigAnnotations": ["a3s.box/"]
+        // Whoever may set those of CRI says whose VM a container shares.
+        "potentiallyUnsafeConfigAnnotations": ["a3s.box/", "io.kubernetes.cri.", "io.kubernetes.cri-o."]
     });
     let text = serde_json::to_string_pretty(&document).context("encode features")?;
     Ok(format!("{text}\n"))

@@ -28,7 +28,9 @@ const fn field(path: &'static str, support: Support) -> Field {
     Field { path, support, note: "" }
 }
 
-const NOT_YET: Support = Refused("not supported");
+const PLUGGED_BY_OTHERS: Support = Refused(
+    "interfaces are not moved; what is in the container's network namespace before `start` is what the guest gets",
+);
 const NO_LSM: Support = Ignored("the guest kernel has no such security module");
 const NO_NUMA: Support = Ignored("the guest has one memory node");
 const NOT_IN_V2: Support = Ignored("cgroup v2 has no such control");
@@ -97,7 +99,7 @@ pub const FIELDS: &[Field] = &[
     field("linux.gidMappings", Host),
     field("linux.timeOffsets", Guest),
     field("linux.devices", Guest).note("devices of the guest kernel, FIFOs"),
-    field("linux.netDevices", NOT_YET),
+    field("linux.netDevices", PLUGGED_BY_OTHERS),
     field("linux.cgroupsPath", Host),
     field("linux.rootfsPropagation=private", Guest),
     field("linux.rootfsPropagation=rprivate", Guest),

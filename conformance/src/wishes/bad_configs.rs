@@ -230,7 +230,7 @@ pub const CONFIGS: &[Bad] = &[
     bad(
         "bad-input/a-network-device-of-the-hosts",
         |c| c.set("/linux/netDevices", json!({ "eth9": { "name": "eth0" } })),
-        &["linux.netDevices", "eth9"],
+        &["linux.netDevices", "eth9", "interfaces are not moved"],
     ),
     bad("bad-input/windows", |c| c.set("/windows", json!({ "layerFolders": ["x"] })), &["windows"]),
     bad(

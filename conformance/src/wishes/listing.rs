@@ -56,6 +56,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         wish(At::All, "version/in-runcs-form", version),
         wish(At::All, "features/json-that-depends-on-nothing", features),
+        wish(At::Both, "features/no-property-that-the-spec-does-not-know", known_properties),
         wish(At::Both, "features/what-is-not-honoured-is-not-promised", promises),
         wish(At::Local, "features/seccomp-is-what-the-guest-can-filter", seccomp),
         wish(At::Local, "features/a-matrix-of-every-field", matrix),
@@ -126,6 +127,45 @@ fn features(world: &'static World) -> Result<()> {
     let capabilities = document["linux"]["capabilities"].as_array().context("no capabilities")?;
     ensure!(capabilities.iter().all(|name| name.as_str().is_some_and(known)), "{capabilities:?}");
     same(&world.ok(&["features"])?.stdout, &output.stdout)
+}
+
+/// "The document MUST NOT have properties that ociVersionMax does not define" (features.md); runtime-spec 1.3's.
+fn known_properties(world: &'static World) -> Result<()> {
+    const TOP: [&str; 7] = [
+        "ociVersionMin",
+        "ociVersionMax",
+        "hooks",
+        "mountOptions",
+        "linux",
+        "annotations",
+        "potentiallyUnsafeConfigAnnotations",
+    ];
+    const LINUX: [(&str, &[&str]); 11] = [
+        ("namespaces", &[]),
+        ("capabilities", &[]),
+        ("cgroup", &["v1", "v2", "systemd", "systemdUser", "rdma"]),
+        ("seccomp", &["enabled", "actions", "operators", "archs", "knownFlags", "supportedFlags"]),
+        ("apparmor", &["enabled"]),
+        ("selinux", &["enabled"]),
+        ("intelRdt", &["enabled", "schemata", "monitoring"]),
+        ("memoryPolicy", &["modes", "flags"]),
+        ("mountExtensions", &["idmap"]),
+        ("mountExtensions.idmap", &["enabled"]),
+        ("netDevices", &["enabled"]),
+    ];
+    let document: Value = serde_json::from_slice(&world.ok(&["features"])?.stdout)?;
+    let names =
+        |value: &Value| value.as_object().into_iter().flat_map(|o| o.keys().cloned()).collect::<Vec<_>>();
+    let linux: Vec<&str> = LINUX.iter().map(|(name, _)| *name).collect();
+    let mut unknown: Vec<_> =
+        names(&document).into_iter().filter(|name| !TOP.contains(&name.as_str())).collect();
+    unknown.extend(names(&document["linux"]).into_iter().filter(|name| !linux.contains(&name.as_str())));
+    for (path, known) in LINUX {
+        let value = path.split('.').fold(&document["linux"], |value, name| &value[name]);
+        unknown.extend(names(value).into_iter().filter(|name| !known.contains(&name.as_str())));
+    }
+    ensure!(unknown.is_empty(), "{unknown:?}");
+    Ok(())
 }
 
 /// What CRI acts on must be true of this runtime.
