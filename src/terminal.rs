@@ -16,8 +16,12 @@ use a3s_box_proto::Size;
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, setsockopt,
+    socket, sockopt,
+};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use nix::sys::time::{TimeVal, TimeValLike};
 
 /// Checks that a process has a terminal where one is given, and the other way round, in runc's words.
 pub fn check(wanted: bool, detached: bool, socket: Option<&Path>) -> Result<()> {
@@ -134,11 +138,23 @@ pub fn take(slave: OwnedFd) -> Result<()> {
     Ok(())
 }
 
+/// How long a listener may take to have room for one more connection.
+const ROOM: i64 = 5;
+
 /// Connects to the socket behind `path`, which may be longer than a socket's address; `flag` named it.
 pub fn dial(path: &Path, flag: &str) -> Result<UnixStream> {
     let shown = || format!("{flag} {}", path.display());
-    let socket = File::options().read(true).custom_flags(libc::O_PATH).open(path).with_context(shown)?;
-    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).with_context(shown)
+    let place = File::options().read(true).custom_flags(libc::O_PATH).open(path).with_context(shown)?;
+    let address =
+        UnixAddr::new(format!("/proc/self/fd/{}", place.as_raw_fd()).as_str()).with_context(shown)?;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // It holds for connecting as well.
+    setsockopt(&socket, sockopt::SendTimeout, &TimeVal::seconds(ROOM)).with_context(shown)?;
+    match connect(socket.as_raw_fd(), &address) {
+        Err(Errno::EAGAIN) => bail!("{}: nobody has accepted a connection for {ROOM} seconds", shown()),
+        connected => connected.with_context(shown)?,
+    }
+    Ok(socket.into())
 }
 
 /// Sends a descriptor with its name, and does not wait for anybody to take it.
