@@ -5,7 +5,7 @@
 //! Intent into processes: [`monitor`] (the container's pid) → [`hooks`], [`jail`], [`userns`], [`cgroup`] → [`vmm`] →
 //! [`krun`], or [`pod`] (a VM that is there); [`proxy`] (the pid of a detached `exec`).
 //! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`].
-//! [`commands`] strings them together, one file a verb. [`log`] is the one voice.
+//! [`commands`] strings them together, one file a verb. [`log`] is the one voice, [`patience`] bounds what may hang.
 
 mod bundle;
 mod cgroup;
@@ -22,6 +22,7 @@ mod local;
 mod log;
 mod monitor;
 mod net;
+mod patience;
 mod plan;
 mod pod;
 mod proxy;

@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::sync::mpsc;
 use std::time::Duration;
 
 use a3s_box_proto as proto;
@@ -16,6 +15,8 @@ use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction as Action, LinuxSeccompArg, LinuxSeccompFilterFlag as Flag,
     LinuxSeccompOperator as Operator, LinuxSyscall,
 };
+
+use crate::patience;
 
 /// Actions that a profile can ask for.
 pub const ACTIONS: [&str; 8] = [
@@ -95,22 +96,8 @@ pub fn architectures() -> Vec<String> {
 /// Compiles a profile.
 pub fn compile(profile: &LinuxSeccomp) -> Result<proto::Seccomp> {
     let profile = profile.clone();
-    in_time(PATIENCE, move || translate(&profile))
-}
-
-/// Does it in a thread, which is given up after `limit`.
-fn in_time<T: Send + 'static>(
-    limit: Duration,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let (sender, receiver) = mpsc::channel();
-    let thread = std::thread::spawn(move || sender.send(work()));
-    let Ok(result) = receiver.recv_timeout(limit) else {
-        bail!("linux.seccomp: it cannot be compiled within {} s", limit.as_secs())
-    };
-    // What comes next forks.
-    let _ = thread.join();
-    result
+    patience::within(PATIENCE, move || translate(&profile))
+        .with_context(|| format!("linux.seccomp: it cannot be compiled within {} s", PATIENCE.as_secs()))?
 }
 
 /// The work of [`compile`].
@@ -447,15 +434,6 @@ mod tests {
         for arch in ARCHITECTURES {
             assert!(architecture(arch).is_ok(), "{arch:?}");
         }
-    }
-
-    #[test]
-    fn what_takes_too_long_is_given_up() {
-        let (_waited_for, never) = mpsc::channel::<()>();
-        let slow = move || never.recv().context("no end");
-        let text = in_time(Duration::from_millis(1), slow).unwrap_err().to_string();
-        assert!(text.starts_with("linux.seccomp: it cannot be compiled"), "{text}");
-        assert_eq!(in_time(Duration::from_secs(60), || Ok(1)).unwrap(), 1);
     }
 
     #[test]
