@@ -37,25 +37,32 @@ impl Terminal {
         Ok(Terminal { master: master.into(), text: String::new(), patience })
     }
 
-    /// Runs a command of the runtime whose streams are a new terminal, which is also its session's.
+    /// Runs a command of the runtime on a new terminal.
     pub fn spawn<S: AsRef<std::ffi::OsStr>>(
         world: &World,
         args: &[S],
         size: (u16, u16),
     ) -> Result<(Self, Running, OwnedFd)> {
+        Self::attach(&world.command(args), size, world.patience())
+    }
+
+    /// Runs a command whose streams are a new terminal, which is also its session's.
+    pub fn attach(inner: &Command, size: (u16, u16), patience: Duration) -> Result<(Self, Running, OwnedFd)> {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
         unlockpt(&master)?;
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let slave = ioctl_tiocgptpeer(&master, flags)?;
-        let terminal = Terminal::of(master, world.patience())?;
+        let terminal = Terminal::of(master, patience)?;
         terminal.resize(size.0, size.1)?;
-        let inner = world.command(args);
         let mut command = Command::new("setsid");
         command.args(["--ctty", "--wait"]).arg(inner.get_program()).args(inner.get_args());
-        command.current_dir(&world.dir);
+        command.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        if let Some(dir) = inner.get_current_dir() {
+            command.current_dir(dir);
+        }
         let stream = || slave.try_clone().map(Stdio::from);
         command.stdin(stream()?).stdout(stream()?).stderr(stream()?);
-        Ok((terminal, process::start(command, false, world.patience())?, slave))
+        Ok((terminal, process::start(command, false, patience)?, slave))
     }
 
     /// Types something.

@@ -35,7 +35,11 @@ pub const REQUIREMENTS: &[Requirement] = &[
     by(
         "P1",
         "the pid file is a bare number, and there only on success",
-        &["create/pid-file-holds-a-bare-number", "create/failure-leaves-no-pid-file"],
+        &[
+            "create/pid-file-holds-a-bare-number",
+            "create/failure-leaves-no-pid-file",
+            "pidfd/the-containers-goes-to-the-socket",
+        ],
     ),
     by("P2", "the pid is adopted by the caller's subreaper", &["create/pid-is-its-callers-subreapers-child"]),
     by(
@@ -71,7 +75,11 @@ pub const REQUIREMENTS: &[Requirement] = &[
         "any working directory will do",
         &["environment/a-deleted-working-directory", "create/a-relative-bundle"],
     ),
-    by("P9", "a killed create leaves what delete --force cleans", &["chaos/create-killed-at-any-moment"]),
+    by(
+        "P9",
+        "a killed create, start or exec leaves what delete --force cleans",
+        &["chaos/create-killed-at-any-moment", "chaos/start-and-exec-killed-at-any-moment"],
+    ),
     by(
         "P10",
         "session and process group are its own",
@@ -82,7 +90,11 @@ pub const REQUIREMENTS: &[Requirement] = &[
         "SIGKILL of a detached exec's pid ends its process, others arrive",
         &["detach/sigkill-of-the-pid-ends-the-program", "detach/every-signal-reaches-the-program"],
     ),
-    by("P12", "SIGKILL of the pid ends everything", &["pid/killed-ends-everything"]),
+    by(
+        "P12",
+        "SIGKILL of the pid ends everything, detached execs' pids too",
+        &["pid/killed-ends-everything", "detach/ends-when-the-vm-does"],
+    ),
     by(
         "P13",
         "the pid's namespaces are the container's",
@@ -230,7 +242,15 @@ pub const REQUIREMENTS: &[Requirement] = &[
         ],
     ),
     by("C20", "checkpoint and restore say no", &["checkpoint/and-restore-are-refused-at-once"]),
-    by("C21", "many at once", &["exec/twenty-in-parallel"]),
+    by(
+        "C21",
+        "many at once, and kill during create",
+        &[
+            "many/containers-at-once-live-and-go",
+            "many/programs-at-once-keep-their-streams-and-statuses",
+            "chaos/create-killed-at-any-moment",
+        ],
+    ),
     by("C22", "every ociVersion 1.x, unknown fields", &["create/any-version-1-and-unknown-fields"]),
     by(
         "C23",

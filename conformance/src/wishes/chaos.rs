@@ -18,6 +18,7 @@ pub fn cases() -> Vec<Case> {
         wish(At::Both, "chaos/create-killed-at-any-moment", |world| rounds(world, kill_create)),
         wish(At::Both, "chaos/run-killed-at-any-moment", |world| rounds(world, kill_run)),
         wish(At::Both, "chaos/any-process-killed-at-any-moment", |world| rounds(world, kill_any)),
+        wish(At::Both, "chaos/start-and-exec-killed-at-any-moment", |world| rounds(world, kill_later)),
         wish(At::Local, "chaos/kill-and-delete-while-create-is-at-work", |world| rounds(world, delete_early)),
         wish(At::Local, "chaos/a-storm-of-verbs-on-one-container", storm),
         wish(At::Local, "chaos/terminated-create-cleans-up-after-itself", |world| {
@@ -49,7 +50,7 @@ impl Dice {
 type Round = fn(&'static World, &str, Duration, &mut Dice) -> Result<()>;
 
 fn rounds(world: &'static World, round: Round) -> Result<()> {
-    let count = world.by_level(50, 2, if world.is_vm() { 10 } else { 200 });
+    let count = world.by_level(50, 3, if world.is_vm() { 10 } else { 200 });
     let mut dice = Dice::new();
     let whole = duration_of_create(world)?;
     for number in 0..count {
@@ -130,6 +131,30 @@ fn kill_any(world: &'static World, id: &str, after: Duration, dice: &mut Dice) -
         process::wait_gone(*pid, Duration::from_secs(2))?;
         let started = world.call(&["start", id])?;
         ensure!(started.code == 0 || started.stderr.lines().count() == 1, "{name}: {:?}", started.stderr);
+    }
+    Ok(())
+}
+
+/// `start`, `exec`, a proxy, the monitor or the VMM, while a created container is started and programs run in it.
+fn kill_later(world: &'static World, id: &str, after: Duration, dice: &mut Dice) -> Result<()> {
+    let before: Vec<i32> = processes(world).into_iter().map(|(pid, _)| pid).collect();
+    start_create(world, id)?.finish()?.code(0)?;
+    let commands =
+        [&["start", id][..], &["exec", "--detach", id, "sleep", "1000"], &["exec", id, "sleep", "0.05"]];
+    let spawn = |args: &&[&str]| {
+        let mut command = world.command(args);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        process::start(command, false, world.patience())
+    };
+    let running: Vec<_> = commands.iter().map(spawn).collect::<Result<_>>()?;
+    std::thread::sleep(after / 2);
+    let family: Vec<_> = processes(world).into_iter().filter(|(pid, _)| !before.contains(pid)).collect();
+    let victim = family.get(dice.roll(family.len() as u64) as usize);
+    if let Some((pid, _)) = victim {
+        let _ = process::signal(*pid, Signal::KILL);
+    }
+    for command in running {
+        command.finish().with_context(|| format!("as {victim:?} was killed"))?;
     }
     Ok(())
 }

@@ -29,7 +29,6 @@ pub const SHARED: &[Wish<Bench>] = &[
         let output = bench.container.exec(&["echo", "--help", "-e", "A=1", "--", "-n"])?.code(0)?;
         same(&output.text(), &"--help -e A=1 -- -n\n".into())
     }),
-    ("exec/twenty-in-parallel", |bench| parallel(bench, 20)),
     ("exec/death-by-a-signal-is-128-plus-its-number", |bench| {
         bench.container.exec(&["sh", "-c", "kill -KILL $$"])?.code(137)?;
         bench.container.exec(&["sh", "-c", "kill -TERM $$"])?.code(143).map(drop)
@@ -87,18 +86,18 @@ fn arguments(bench: &mut Bench) -> Result<()> {
     same(&bench.container.exec(&["sh", "-c", "echo ${#1}", "sh", &long])?.code(0)?.text(), &"100000\n".into())
 }
 
-fn parallel(bench: &Bench, count: usize) -> Result<()> {
+/// So many at once, each with its own input, output, errors and status.
+pub fn parallel(container: &Container, count: i32) -> Result<()> {
     let script = "cat; sleep 0.2; echo $1; echo $1 >&2; exit $1";
-    let mut all: Vec<_> = (0..count)
-        .map(|n| bench.spawn(&["sh", "-c", script, "sh", &(n + 1).to_string()]))
-        .collect::<Result<_>>()?;
+    let spawn = |number: i32| container.spawn(&["sh", "-c", script, "sh", &number.to_string()]);
+    let mut all: Vec<_> = (1..=count).map(spawn).collect::<Result<_>>()?;
     for one in &mut all {
         one.feed(b"in ")?;
         one.close_stdin();
     }
-    for (n, one) in all.into_iter().enumerate() {
-        let output = one.finish()?.code(n as i32 + 1)?;
-        same(&(output.text(), output.stderr), &(format!("in {}\n", n + 1), format!("{}\n", n + 1)))?;
+    for (number, one) in (1..).zip(all) {
+        let output = one.finish()?.code(number)?;
+        same(&(output.text(), output.stderr), &(format!("in {number}\n"), format!("{number}\n")))?;
     }
     Ok(())
 }
@@ -311,7 +310,7 @@ fn hundreds(world: &'static World) -> Result<()> {
         let family = crate::leaks::processes(world).into_iter();
         family.map(|(pid, _)| descriptors(pid)).collect()
     };
-    parallel(&bench, 3)?;
+    parallel(&bench.container, 3)?;
     let mut before = count();
     eventually("the execs' end", Duration::from_secs(5), || {
         std::thread::sleep(Duration::from_millis(100));
@@ -319,7 +318,7 @@ fn hundreds(world: &'static World) -> Result<()> {
         Ok(std::mem::replace(&mut before, now.clone()) == now)
     })?;
     for _ in 0..world.by_level(5, 1, 25) {
-        parallel(&bench, 20)?;
+        parallel(&bench.container, 20)?;
     }
     eventually("as few descriptors as before", Duration::from_secs(5), || Ok(count() == before))
         .with_context(|| format!("{:?}, not {before:?}", count()))

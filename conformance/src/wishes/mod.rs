@@ -22,6 +22,7 @@ mod lan;
 mod lifecycle;
 mod listing;
 mod machine;
+mod many;
 mod mount_options;
 mod mount_order;
 mod mounts;
@@ -30,6 +31,7 @@ mod network_faults;
 mod not_everywhere;
 mod own_kernel;
 mod pause;
+mod pidfd;
 mod pods;
 mod resources;
 mod run;
@@ -50,6 +52,7 @@ pub fn all() -> Vec<Case> {
     let shared = [
         exec::SHARED,
         detach::SHARED,
+        pidfd::SHARED,
         terminal::SHARED,
         streams::SHARED,
         environment::SHARED,
@@ -66,6 +69,7 @@ pub fn all() -> Vec<Case> {
             contract::cases(),
             exec::cases(),
             detach::cases(),
+            pidfd::cases(),
             terminal::cases(),
             streams::cases(),
             environment::cases(),
@@ -95,6 +99,7 @@ pub fn all() -> Vec<Case> {
             hostile_rootfs::cases(),
             users::cases(),
             machine::cases(),
+            many::cases(),
             chaos::cases(),
         ]
         .into_iter()
