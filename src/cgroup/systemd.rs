@@ -15,13 +15,17 @@ use rustbus::wire::ObjectPath;
 use rustbus::wire::errors::MarshalError;
 use rustbus::{MessageBuilder, MessageType, RpcConn};
 
+use crate::patience;
 use crate::plan::cgroup::Scope;
 
 const SYSTEMD: &str = "org.freedesktop.systemd1";
 const OBJECT: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
-/// How long systemd may take for one job.
+/// How long systemd may take to make a scope or to change it.
 const WAIT: Duration = Duration::from_secs(20);
+/// How long it may take to stop one. It collects an empty scope without being asked, and an engine whose shim has died
+/// gives the whole clean-up five seconds.
+const STOP: Duration = Duration::from_secs(2);
 
 /// A property's value: a variant of D-Bus.
 #[derive(Debug, rustbus::Marshal, rustbus::Unmarshal, rustbus::Signature)]
@@ -76,7 +80,7 @@ impl Scope {
         let properties = properties.into_iter().map(|(name, value)| (name.to_string(), value));
         let properties: Properties = properties.chain(limits).collect();
         let shown = || format!("systemd: make the scope {} in {}", self.unit, self.slice);
-        let mut bus = Bus::connect()?;
+        let mut bus = Bus::connect(WAIT)?;
         match bus.start(&self.unit, &properties) {
             // What is left of an earlier container of this name, whose end systemd has not finished with.
             Err(error) if is_named(&error, "UnitExists") && !self.is_inhabited(&mut bus) => {
@@ -89,7 +93,7 @@ impl Scope {
 
     /// Has systemd stop it and forget it.
     pub fn stop(&self) -> Result<()> {
-        let mut bus = Bus::connect()?;
+        let mut bus = Bus::connect(STOP)?;
         self.clear(&mut bus).with_context(|| format!("systemd: stop {}", self.unit))
     }
 
@@ -111,7 +115,7 @@ impl Scope {
 
     /// Changes limits as systemd keeps them, so that it does not undo them at its next reload.
     pub fn set(&self, limits: Properties) -> Result<()> {
-        let set = Bus::connect()?
+        let set = Bus::connect(WAIT)?
             .call(MANAGER, "SetUnitProperties", |call| call.body.push_param3(&*self.unit, true, limits));
         set.map(drop).with_context(|| format!("systemd: change the limits of {}", self.unit))
     }
@@ -119,7 +123,7 @@ impl Scope {
 
 /// systemd's version, where it answers.
 pub fn version() -> Result<String> {
-    let reply = Bus::connect()?
+    let reply = Bus::connect(WAIT)?
         .call("org.freedesktop.DBus.Properties", "Get", |call| call.body.push_param2(MANAGER, "Version"))?;
     match reply.body.parser().get::<Value>() {
         Ok(Value::Text(version)) => Ok(version),
@@ -131,14 +135,28 @@ fn is_named(error: &anyhow::Error, name: &str) -> bool {
     error.downcast_ref::<Refused>().is_some_and(|refused| refused.name == format!("{SYSTEMD}.{name}"))
 }
 
-/// A connection to the bus that systemd is on.
-struct Bus(RpcConn);
+/// A connection to the bus that systemd is on, and when patience with it ends.
+struct Bus {
+    conn: RpcConn,
+    deadline: Instant,
+}
 
 impl Bus {
-    fn connect() -> Result<Self> {
+    fn connect(patience: Duration) -> Result<Self> {
+        let deadline = Instant::now() + patience;
         let path = if geteuid().is_root() { get_system_bus_path() } else { get_session_bus_path() };
-        let conn = path.and_then(|path| RpcConn::connect_to_path(path, Timeout::Duration(WAIT)));
-        conn.map(Bus).context("the systemd cgroup driver: D-Bus does not answer (is systemd running here?)")
+        // Its library waits for a bus to greet for as long as that takes.
+        let connect = move || RpcConn::connect_to_path(path?, Timeout::Duration(patience));
+        let conn = patience::within(patience, connect).unwrap_or(Err(rustbus::connection::Error::TimedOut));
+        let conn =
+            conn.context("the systemd cgroup driver: D-Bus does not answer (is systemd running here?)")?;
+        Ok(Bus { conn, deadline })
+    }
+
+    fn left(&self) -> Timeout {
+        // A time limit of zero would be none.
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        Timeout::Duration(left.max(Duration::from_millis(1)))
     }
 
     /// Calls a method of the manager's object.
@@ -155,10 +173,11 @@ impl Bus {
     }
 
     fn send(&mut self, call: &mut MarshalledMessage) -> Result<MarshalledMessage> {
-        let wait = Timeout::Duration(WAIT);
-        let serial = self.0.send_message(call).context("D-Bus")?;
-        let serial = serial.write(wait).map_err(force_finish_on_error).context("D-Bus")?;
-        let reply = self.0.wait_response(serial, wait).context("D-Bus")?;
+        let left = self.left();
+        let serial = self.conn.send_message(call).context("D-Bus")?;
+        let serial = serial.write(left).map_err(force_finish_on_error).context("D-Bus")?;
+        let left = self.left();
+        let reply = self.conn.wait_response(serial, left).context("D-Bus")?;
         if reply.typ != MessageType::Error {
             return Ok(reply);
         }
@@ -185,10 +204,9 @@ impl Bus {
         self.call(MANAGER, "Subscribe", |_| Ok(()))?;
         let reply = self.call(MANAGER, method, fill)?;
         let job: ObjectPath<String> = reply.body.parser().get().context("systemd's answer")?;
-        let deadline = Instant::now() + WAIT;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let signal = self.0.wait_signal(Timeout::Duration(left));
+            let left = self.left();
+            let signal = self.conn.wait_signal(left);
             let signal = signal.with_context(|| format!("{method}: systemd did not end its job"))?;
             let mut body = signal.body.parser();
             let Ok((_, ended, _, result)) = body.get4::<u32, ObjectPath<String>, String, String>() else {
