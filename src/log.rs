@@ -1,11 +1,12 @@
-//! The one voice: stderr for people, `--log` for engines.
+//! The one voice: stderr for people, `--log` for engines, the system's log where stderr is neither's.
 //!
 //! Callers parse both: stderr stays silent on success, the log gets one record an error, and nothing but errors at
 //! level error. In: messages. Out: lines. Must not: fail a command because a message cannot be written.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -55,6 +56,14 @@ impl Log {
         self.record("warning", message);
     }
 
+    /// The same where standard error is about to be a container's, whose log it may be: without a log of ours the system's
+    /// gets it, and only where nobody keeps that either standard error does.
+    pub fn aside(&self, message: &str) {
+        if self.file.is_some() || std::io::stderr().is_terminal() || system_log(message).is_err() {
+            self.warn(message);
+        }
+    }
+
     /// What is done, with the time since the command's start.
     pub fn debug(&self, message: &str) {
         if !self.debug {
@@ -84,6 +93,15 @@ impl Log {
         };
         let _ = file.write_all(line.as_bytes());
     }
+}
+
+/// One warning to syslog(3)'s socket, without waiting for its reader.
+fn system_log(message: &str) -> std::io::Result<()> {
+    let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
+    let level = libc::LOG_DAEMON | libc::LOG_WARNING;
+    let line = format!("<{level}>a3s-box[{}]: {message}", std::process::id());
+    socket.send_to(line.as_bytes(), "/dev/log").map(drop)
 }
 
 /// An error and its causes as one line, system errors in the lower-case words that engines look for.

@@ -92,7 +92,9 @@ pub fn birth<'a>(
     refuse_flags(args)?;
     context.store.path(&args.id)?;
     let bundle = bundle::open(&args.bundle)?;
-    bundle.warnings.iter().for_each(|warning| context.log.warn(warning));
+    for warning in &bundle.warnings {
+        if detached { context.log.aside(warning) } else { context.log.warn(warning) }
+    }
     let mut plan = plan::plan(&args.id, &bundle.spec, &bundle.machine, &bundle.rootfs, &bundle.dir)?;
     let linux = bundle.spec.linux().as_ref();
     let path = linux.and_then(|linux| linux.cgroups_path().as_deref());

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde_json::json;
 
 use super::machine::in_private_view;
@@ -79,6 +80,8 @@ pub fn cases() -> Vec<Case> {
         wish(At::Systemd, "systemd/a-name-can-be-used-again-at-once", again),
         wish(At::Systemd, "systemd/a-scope-that-others-live-in-is-refused", inhabited),
         wish(At::Systemd, "systemd/a-failed-create-leaves-no-scope", failed),
+        wish(At::Systemd, "systemd/delete-by-force-does-not-wait-for-a-bus-that-hangs", hung),
+        wish(At::Systemd, "systemd/warnings-of-create-without-a-log-are-in-the-journal", warned),
         wish(At::Local, "systemd/a-path-of-another-form-is-refused", other_forms),
         wish(At::Both, "systemd/where-there-is-none-it-is-said", absent),
     ]
@@ -108,7 +111,7 @@ fn again(world: &'static World) -> Result<()> {
     let config = Config::idle().set("/linux/cgroupsPath", json!(format!("system.slice:conformance:{name}")));
     for _ in 0..world.by_level(3, 2, 10) {
         let mut container = Container::flagged(world, FLAG, &config)?;
-        process::signal(container.pid, rustix::process::Signal::KILL)?;
+        process::signal(container.pid, Signal::KILL)?;
         same(&container.wait_for(Duration::from_secs(5))?, &137)?;
         container.delete(&[])?;
     }
@@ -128,7 +131,7 @@ fn inhabited(world: &'static World) -> Result<()> {
     world.refused(&args, &[&unit, "UnitExists"])?;
     same(&show(&unit, "ActiveState")?, &"active".into())?;
     world.refused(&["state", &name], &["does not exist"])?;
-    other.signal(rustix::process::Signal::KILL)?;
+    other.signal(Signal::KILL)?;
     other.finish().map(drop)
 }
 
@@ -139,6 +142,59 @@ fn failed(world: &'static World) -> Result<()> {
     let args = ["--systemd-cgroup", "run", "-b", &bundle.to_string_lossy(), &name];
     world.refused(&args, &["no such file"])?;
     same(&show(&format!("conformance-{name}.scope"), "LoadState")?, &"not-found".into())
+}
+
+/// Stopped until it is dropped.
+struct Stopped(i32);
+
+impl Stopped {
+    fn stop(pid: i32) -> Result<Self> {
+        process::signal(pid, Signal::STOP)?;
+        Ok(Stopped(pid))
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = process::signal(self.0, Signal::CONT);
+    }
+}
+
+/// An engine whose shim has died gives the whole clean-up five seconds.
+fn hung(world: &'static World) -> Result<()> {
+    let name = world.name("s");
+    let config = Config::idle().set("/linux/cgroupsPath", json!(format!("system.slice:conformance:{name}")));
+    let mut container = Container::flagged(world, FLAG, &config)?;
+    let path = cgroup(container.pid)?;
+    let mut pidof = Command::new("pidof");
+    pidof.arg("dbus-daemon");
+    let pids = process::run(pidof, b"", Duration::from_secs(10))?.code(0)?.text();
+    let stopped =
+        pids.split_whitespace().map(|pid| Stopped::stop(pid.parse()?)).collect::<Result<Vec<_>>>()?;
+    world.ok(&["delete", "--force", &container.id])?.within(Duration::from_secs(5))?;
+    ensure!(!dir(&path).exists(), "{path} is still there");
+    same(&container.wait_for(Duration::from_secs(1))?, &137)?;
+    drop(stopped);
+    let unit = format!("conformance-{name}.scope");
+    eventually(
+        "systemd collects the scope",
+        world.patience(),
+        || Ok(show(&unit, "LoadState")? == "not-found"),
+    )
+}
+
+/// The standard error of `create` is the container's, and its log may be what users read.
+fn warned(world: &'static World) -> Result<()> {
+    let profile = world.name("profile");
+    let config = Config::idle().set("/process/apparmorProfile", json!(profile));
+    let container = Container::create(world, &config)?;
+    same(&container.errors(), &String::new())?;
+    eventually("the warning in the journal", world.patience(), || {
+        let mut journal = Command::new("journalctl");
+        journal.args(["--quiet", "--output", "cat", "--identifier", "a3s-box"]);
+        let said = process::run(journal, b"", Duration::from_secs(60))?.text();
+        Ok(said.lines().any(|line| line.contains(&profile) && line.contains("is ignored")))
+    })
 }
 
 fn other_forms(world: &'static World) -> Result<()> {
