@@ -26,6 +26,8 @@ pub struct World {
     pub level: Level,
     /// Whether everything runs at full length.
     pub full: bool,
+    /// What puts the runtime and engines' configuration in place, where it was given.
+    pub installer: Option<PathBuf>,
     /// Everything the suite makes lies here, apart from cgroups.
     pub dir: PathBuf,
     /// The state directory given to the runtime.
@@ -50,6 +52,7 @@ impl World {
             runtime: fs::canonicalize(runtime).with_context(|| format!("runtime {}", runtime.display()))?,
             level,
             full: options.full,
+            installer: options.installer.clone(),
             root: dir.join("state"),
             original: options.busybox.clone(),
             busybox: dir.join("busybox"),

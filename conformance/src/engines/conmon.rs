@@ -8,18 +8,23 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use super::terminals::{leave, sit};
 use crate::cases::{At, Case, Wish, sharing};
 use crate::config::Config;
 use crate::process::{self, Output, eventually};
+use crate::pty::Terminal;
 use crate::wishes::same;
 use crate::world::World;
 
 const WISHES: &[Wish<Pod>] = &[
     ("crio/create-start-log-state", created),
     ("crio/exec-sync-by-conmon", exec_sync),
+    ("crio/exec-sync-that-times-out", timed_out),
     ("crio/exec-in-the-foreground", exec),
+    ("crio/exec-with-a-terminal-follows-its-size", exec_on_terminal),
     ("crio/stop-leaves-an-exit-file", stopped),
     ("crio/a-refused-create-tells-conmon-why", refused),
+    ("crio/a-container-with-a-terminal", terminal),
 ];
 
 pub fn cases() -> Vec<Case> {
@@ -128,6 +133,55 @@ fn exec_sync(pod: &mut Pod) -> Result<()> {
     let log = fs::read_to_string(dir.join("log"))?;
     ensure!(log.contains(" stdout F probed\n"), "conmon logged {log:?}");
     Ok(())
+}
+
+/// conmon kills the process group of the pid; the program in the container goes with it.
+fn timed_out(pod: &mut Pod) -> Result<()> {
+    let dir = pod.world.make_dir("exec")?;
+    let file = process_file(&dir, &["sleep", "54321"])?;
+    pod.conmon(&dir, &["-e", "--exec-process-spec", &file, "--sync", "-T", "2"])?;
+    eventually("conmon tells of the time", pod.world.patience(), || {
+        Ok(fs::read_to_string(dir.join("sync"))?.contains("command timed out"))
+    })?;
+    eventually("the end of its program", pod.world.patience(), || {
+        Ok(!pod.ok(&["exec", &pod.id, "ps", "-o", "args"])?.contains("sleep 54321"))
+    })
+}
+
+/// The streams are a terminal of CRI-O's own.
+fn exec_on_terminal(pod: &mut Pod) -> Result<()> {
+    let file = pod.bundle.join("shell.json");
+    let process = json!({ "args": ["sh"], "cwd": "/", "user": { "uid": 0, "gid": 0 }, "terminal": true,
+        "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"] });
+    fs::write(&file, process.to_string())?;
+    let args = ["exec", "--process", &file.display().to_string(), &pod.id];
+    let (mut terminal, exec, _slave) = Terminal::spawn(pod.world, &args, (31, 99))?;
+    sit(&mut terminal, (31, 99))?;
+    leave(terminal, exec, 6)
+}
+
+/// The log has what appears on it; the size comes through conmon's control FIFO.
+fn terminal(pod: &mut Pod) -> Result<()> {
+    let script =
+        "test -t 0 && echo is one; trap 'stty size; exit 8' WINCH; echo ready; while :; do sleep 0.1; done";
+    let config = Config::sh(script).set("/process/terminal", json!(true));
+    let seated = Pod { world: pod.world, id: pod.world.name("crio"), bundle: pod.world.bundle(&config)? };
+    seated.conmon(&seated.bundle, &["-t"])?.code(0)?;
+    let told = seated.told(&seated.bundle)?;
+    ensure!(told["pid"].as_i64().is_some_and(|pid| pid > 0), "conmon told {told}");
+    seated.ok(&["start", &seated.id])?;
+    let logged = |words: &str| {
+        eventually(&format!("{words:?} in the log"), pod.world.patience(), || {
+            Ok(fs::read_to_string(seated.bundle.join("log"))?.contains(words))
+        })
+    };
+    logged(" stdout F is one\r\n")?;
+    logged(" stdout F ready\r\n")?;
+    fs::write(seated.bundle.join("ctl"), "1 43 121\n")?;
+    logged(" stdout F 43 121\r\n")?;
+    let exit = seated.bundle.join("exits").join(&seated.id);
+    eventually("an exit file", pod.world.patience(), || Ok(exit.exists()))?;
+    same(&fs::read_to_string(exit)?, &"8".into())
 }
 
 fn exec(pod: &mut Pod) -> Result<()> {

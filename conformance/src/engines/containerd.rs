@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 
 use super::engine::{Engine, IMAGE, archive, has_systemd};
+use super::terminals::{leave, sit};
 use crate::cases::{At, Case, Wish, sharing};
 use crate::process::{self, Output};
 use crate::wishes::same;
@@ -13,7 +14,10 @@ use crate::world::World;
 
 const WISHES: &[Wish<Engine>] = &[
     ("containerd/run-ends-as-the-workload-does", exit_codes),
+    ("containerd/flags-of-run-show-inside", surroundings),
+    ("containerd/run-and-exec-have-terminals-that-follow", terminal),
     ("containerd/task-exec-pause-metrics-ps-kill-delete", life),
+    ("containerd/containers-outlive-a-killed-daemon", killed_daemon),
     ("containerd/a-killed-shim-leaves-nothing", killed_shim),
 ];
 
@@ -38,15 +42,20 @@ fn set_up(world: &'static World) -> Result<Engine> {
         env: vec![],
         runtime: world.runtime.display().to_string(),
         daemon: None,
+        pids: &[],
         clear: &["version"],
         tidy: ":",
         dir,
     };
-    let mut containerd = Command::new("containerd");
-    containerd.args(["--config", "config.toml"]);
-    engine.start_daemon(containerd, &["version"])?;
+    start(&mut engine)?;
     import(&engine)?;
     Ok(engine)
+}
+
+fn start(engine: &mut Engine) -> Result<()> {
+    let mut containerd = Command::new("containerd");
+    containerd.args(["--config", "config.toml"]);
+    engine.start_daemon(containerd, &["version"])
 }
 
 /// containerd takes whole images alone: an OCI layout with one layer.
@@ -61,23 +70,74 @@ fn import(engine: &Engine) -> Result<()> {
 }
 
 fn run(engine: &Engine, flags: &[&str], id: &str, args: &[&str]) -> Result<Output> {
+    engine.call(&making(engine, flags, id, args))
+}
+
+fn making<'a>(engine: &'a Engine, flags: &[&'a str], id: &'a str, args: &[&'a str]) -> Vec<&'a str> {
     let driver = if has_systemd() { &["--runc-systemd-cgroup"][..] } else { &[] };
     let limits = ["--memory-limit", "134217728", "--cpu-quota", "100000", "--cpu-period", "100000"];
     let base = ["run", "--runc-binary", engine.runtime.as_str()];
-    engine.call(&[&base, driver, &limits, flags, &[IMAGE, id], args].concat())
+    [&base, driver, &limits, flags, &[IMAGE, id], args].concat()
 }
 
 fn exit_codes(engine: &mut Engine) -> Result<()> {
-    for (script, code) in [("exit 0", 0), ("echo hello; exit 42", 42)] {
+    for (script, code) in [("exit 0", 0), ("exit 1", 1), ("echo hello; exit 42", 42)] {
         let id = engine.world.name("task");
         let output = run(engine, &["--rm"], &id, &["sh", "-c", script])?.code(code)?;
-        ensure!(code == 0 || output.text() == "hello\n", "it printed {:?}", output.text());
+        ensure!(code != 42 || output.text() == "hello\n", "it printed {:?}", output.text());
     }
     let id = engine.world.name("task");
     let output = run(engine, &["--rm"], &id, &["/no/such/program"])?;
     ensure!(output.code != 0 && output.stderr.contains("no such file or directory"), "{}", output.stderr);
     let _ = engine.call(&["containers", "delete", &id]);
     Ok(())
+}
+
+fn surroundings(engine: &mut Engine) -> Result<()> {
+    let dir = engine.world.make_dir("volume")?;
+    fs::write(dir.join("file"), "from the host\n")?;
+    let mount =
+        |to: &str, kind: &str| format!("type=bind,src={},dst={to},options=rbind:{kind}", dir.display());
+    let (data, fixed) = (mount("/data", "rw"), mount("/fixed", "ro"));
+    let mut flags = vec!["--rm", "--env", "A=b c", "--cwd", "/tmp", "--user", "0:1001", "--read-only"];
+    flags.extend([
+        "--mount",
+        &data,
+        "--mount",
+        &fixed,
+        "--mount",
+        "type=tmpfs,dst=/scratch,options=size=1048576",
+    ]);
+    let script = "echo $A; id -u; id -g; pwd; cat /data/file; echo new >/data/new; \
+        echo x 2>/dev/null >/fixed/x || echo read-only; echo x 2>/dev/null >/new || echo and the root; \
+        df -k /scratch | tail -n 1 | tr -s ' ' | cut -d ' ' -f 2";
+    let said = run(engine, &flags, &engine.world.name("task"), &["sh", "-c", script])?.code(0)?.text();
+    same(&said.as_str(), &"b c\n0\n1001\n/tmp\nfrom the host\nread-only\nand the root\n1024\n")?;
+    same(&fs::read_to_string(dir.join("new"))?, &"new\n".into())
+}
+
+fn terminal(engine: &mut Engine) -> Result<()> {
+    let id = engine.world.name("task");
+    let args = making(engine, &["--rm", "--tty"], &id, &["sh"]);
+    let (mut terminal, client, _slave) = engine.on_terminal(&args, (31, 99))?;
+    sit(&mut terminal, (31, 99))?;
+    let exec = ["task", "exec", "--tty", "--exec-id", "e1", &id, "sh"];
+    let (mut beside, exec, _its_slave) = engine.on_terminal(&exec, (40, 132))?;
+    sit(&mut beside, (40, 132))?;
+    leave(beside, exec, 6)?;
+    leave(terminal, client, 5)
+}
+
+/// Its shims stay, and the new one finds them.
+fn killed_daemon(engine: &mut Engine) -> Result<()> {
+    let id = engine.world.name("task");
+    run(engine, &["--detach"], &id, &["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"])?
+        .code(0)?;
+    engine.kill_daemon()?;
+    start(engine)?;
+    same(&engine.ok(&["task", "exec", "--exec-id", "e1", &id, "echo", "still here"])?, &"still here".into())?;
+    engine.ok(&["task", "kill", "--signal", "SIGTERM", &id])?;
+    deleted(engine, &id, 3)
 }
 
 fn life(engine: &mut Engine) -> Result<()> {
@@ -92,12 +152,24 @@ fn life(engine: &mut Engine) -> Result<()> {
     ensure!(engine.ok(&["task", "ls"])?.contains("PAUSED"), "task ls does not show it paused");
     engine.ok(&["task", "resume", &id])?;
     engine.ok(&["task", "kill", "--signal", "SIGTERM", &id])?;
+    deleted(engine, &id, 9)?;
+    run(engine, &["--detach"], &id, &["sleep", "1000"])?.code(0)?;
+    engine.ok(&["task", "kill", "--signal", "SIGKILL", &id])?;
+    deleted(engine, &id, 137)
+}
+
+/// Waits for the task's end, which must have this status, and deletes it.
+fn deleted(engine: &Engine, id: &str, status: i32) -> Result<()> {
     process::eventually("it stops", engine.world.patience(), || {
         Ok(engine.ok(&["task", "ls"])?.contains("STOPPED"))
     })?;
-    let deleted = engine.call(&["task", "delete", &id])?.code(0)?;
-    ensure!(deleted.stderr.contains("non-zero exit code 9"), "its status: {}", deleted.stderr);
-    engine.ok(&["containers", "delete", &id]).map(drop)
+    let deleted = engine.call(&["task", "delete", id])?.code(0)?;
+    ensure!(
+        deleted.stderr.contains(&format!("non-zero exit code {status}")),
+        "its status: {}",
+        deleted.stderr
+    );
+    engine.ok(&["containers", "delete", id]).map(drop)
 }
 
 /// The shim is killed as a whole: containerd has the runtime clean up after it.

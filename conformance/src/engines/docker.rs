@@ -5,35 +5,36 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::Signal;
 use serde_json::json;
 
-use super::engine::{Engine, IMAGE, archive, has_systemd};
+use super::engine::{Engine, IMAGE, SMALL, has_systemd};
 use super::users;
 use crate::cases::{At, Case, Wish, sharing};
 use crate::process;
 use crate::wishes::same;
 use crate::world::World;
 
-const WISHES: &[Wish<Engine>] = &[
-    ("docker/run-ends-as-the-workload-does", users::exit_codes),
-    ("docker/streams-arrive-whole-and-apart", users::streams),
-    ("docker/flags-of-run-show-inside", users::surroundings),
-    ("docker/exec-logs-cp-pause-top-stats-stop-wait", users::life),
-    ("docker/init-and-restart", users::init_and_restart),
-    ("docker/killed-by-the-engine-and-by-others", users::deaths),
+/// RUN with its file system, its user and its exit status; CMD tells what it was like.
+pub const DOCKERFILE: &str = "FROM localhost/box:1\nCOPY file /file\nRUN uname -r >/release\nUSER 7\n\
+    RUN id -u >/tmp/who\nCMD cat /release /tmp/who /file\n";
+
+const WISHES: [Wish<Engine>; 5] = [
     ("docker/healthcheck-follows-the-container", users::healthcheck),
     ("docker/containers-outlive-a-killed-daemon", live_restore),
+    ("docker/builds-by-buildkit-and-without", builds),
+    ("docker/compose-up-and-down", compose),
+    ("docker/info-tells-the-default-runtimes-version", info),
 ];
 
 pub fn cases() -> Vec<Case> {
-    vec![sharing(At::Engines, set_up, WISHES)]
+    vec![sharing(At::Engines, set_up, &[&users::of!("docker")[..], &WISHES].concat())]
 }
 
 fn set_up(world: &'static World) -> Result<Engine> {
     let dir = world.make_dir("docker")?;
     let mut settings = json!({
         "runtimes": { "box": { "path": world.runtime } },
+        "default-runtime": "box",
         "features": { "containerd-snapshotter": false },
         "live-restore": true,
         "ip6tables": false,
@@ -49,13 +50,13 @@ fn set_up(world: &'static World) -> Result<Engine> {
         env: vec![("DOCKER_CONFIG".into(), dir.join("client").display().to_string())],
         runtime: "box".into(),
         daemon: None,
+        pids: &["-eo", "pid,comm"],
         clear: &["system", "prune", "--all", "--force"],
         tidy: "ip link delete docker0",
         dir,
     };
     start(&mut engine)?;
-    let import = engine.command(&["import", "--change", "CMD sh", "-", IMAGE]);
-    process::run(import, &archive(world)?, world.patience())?.code(0).context("import the image")?;
+    engine.import()?;
     Ok(engine)
 }
 
@@ -65,18 +66,17 @@ fn start(engine: &mut Engine) -> Result<()> {
     dockerd
         .args(["--config-file", &format!("{dir}/daemon.json"), "--data-root", &format!("{dir}/data")])
         .args(["--exec-root", &format!("{dir}/exec"), "--pidfile", &format!("{dir}/pid")])
-        .args(["--host", &format!("unix://{dir}/sock")]);
+        .args(["--host", &format!("unix://{dir}/sock")])
+        // BuildKit inside it does not know of runtimes.
+        .env("DOCKER_BUILDKIT_RUNC_COMMAND", &engine.world.runtime);
     engine.start_daemon(dockerd, &["version"])
 }
 
 fn live_restore(engine: &mut Engine) -> Result<()> {
     let name = engine.up(&[], &["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"])?;
     let before = engine.inspect(&name, ".State.Pid")?;
-    let daemon = engine.daemon.take().context("the daemon")?;
-    daemon.signal(Signal::KILL)?;
-    process::wait_gone(daemon.pid(), engine.world.patience())?;
-    // Collected, or its and its containerd's pid files would still name a process.
-    drop(daemon);
+    engine.kill_daemon()?;
+    // Collected, or its pid file would still name a process.
     process::eventually("its containerd is gone", engine.world.patience(), || {
         process::reap_orphans();
         let pid = fs::read_to_string(engine.dir.join("exec/containerd/containerd.pid")).unwrap_or_default();
@@ -89,4 +89,58 @@ fn live_restore(engine: &mut Engine) -> Result<()> {
     let code = engine.inspect(&name, ".State.ExitCode")?;
     ensure!(code == "3", "exit code {code} after the daemon's return");
     engine.remove(&name)
+}
+
+/// What RUN sees is what the built image's containers see: the runtime's kernel.
+fn builds(engine: &mut Engine) -> Result<()> {
+    let dir = engine.world.make_dir("context")?;
+    fs::write(dir.join("Dockerfile"), DOCKERFILE)?;
+    fs::write(dir.join("file"), "from the context\n")?;
+    let kernel = engine.run(&["--rm"], &["uname", "-r"])?.code(0)?.text();
+    for (buildkit, tag) in [("1", "localhost/built:1"), ("0", "localhost/built:0")] {
+        let mut build = engine.command(&["build", "--network", "none", "--tag", tag, "."]);
+        build.env("DOCKER_BUILDKIT", buildkit).current_dir(&dir);
+        process::run(build, b"", engine.world.patience())?.code(0)?;
+        let base = ["run", "--rm", "--network", "none"];
+        let said = engine.ok(&[&base, &SMALL[..], &[tag]].concat())?;
+        same(&said, &format!("{kernel}7\nfrom the context"))?;
+    }
+    Ok(())
+}
+
+fn compose(engine: &mut Engine) -> Result<()> {
+    let dir = engine.world.make_dir("compose")?;
+    let service = json!({
+        "image": IMAGE, "network_mode": "none", "mem_limit": "128m", "cpus": 1,
+        "command": ["sh", "-c", "trap 'exit 0' TERM; echo up; while :; do sleep 0.1; done"],
+    });
+    let mut second = service.clone();
+    second["depends_on"] = json!(["one"]);
+    fs::write(
+        dir.join("compose.yaml"),
+        json!({ "name": engine.world.name("project"), "services": { "one": service, "two": second } })
+            .to_string(),
+    )?;
+    let file = dir.join("compose.yaml").display().to_string();
+    let compose = |args: &[&str]| engine.ok(&[&["compose", "--file", &file], args].concat());
+    compose(&["up", "--detach"])?;
+    let all = compose(&["ps", "--format", "{{.Service}} {{.State}}"])?;
+    let mut lines: Vec<&str> = all.lines().collect();
+    lines.sort_unstable();
+    same(&lines, &vec!["one running", "two running"])?;
+    same(&compose(&["exec", "-T", "two", "echo", "inside"])?, &"inside".into())?;
+    same(&compose(&["logs", "--no-log-prefix", "one"])?, &"up".into())?;
+    compose(&["down", "--timeout", "60"])?;
+    same(&compose(&["ps", "--all", "--quiet"])?, &String::new())
+}
+
+/// dockerd calls the default runtime's `--version`, and every runtime's `features`.
+fn info(engine: &mut Engine) -> Result<()> {
+    let runtime = engine.ok(&["info", "--format", "{{.DefaultRuntime}} {{json .Runtimes}}"])?;
+    ensure!(runtime.starts_with("box ") && runtime.contains("ociVersionMin"), "{runtime}");
+    let version = engine.ok(&["version", "--format", "{{json .Server.Components}}"])?;
+    let wanted = engine.world.ok(&["--version"])?.text();
+    let wanted = wanted.lines().next().and_then(|line| line.rsplit(' ').next()).context("a version")?;
+    ensure!(version.contains(&format!("\"Name\":\"box\",\"Version\":\"{wanted}\"")), "{version}");
+    Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -10,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::leaks;
 use crate::process::{self, Output, Running, eventually};
+use crate::pty::Terminal;
 use crate::world::World;
 
 /// The image that every engine is given: busybox.
@@ -31,6 +33,8 @@ pub struct Engine {
     pub runtime: String,
     /// Its daemon.
     pub daemon: Option<Running>,
+    /// What follows `top NAME` for a table with host pids.
+    pub pids: &'static [&'static str],
     /// What removes all its containers.
     pub clear: &'static [&'static str],
     /// A shell script that takes away what its daemon leaves even where all is well.
@@ -57,8 +61,18 @@ impl Engine {
 
     /// `run` of the image with these flags, without a network.
     pub fn run(&self, flags: &[&str], args: &[&str]) -> Result<Output> {
-        let base = ["run", "--runtime", self.runtime.as_str(), "--network", "none"];
-        self.call(&[&base, &SMALL[..], flags, &[IMAGE], args].concat())
+        self.call(&self.making("run", flags, args))
+    }
+
+    /// The arguments of `run` or `create` of the image.
+    pub fn making<'a>(&'a self, verb: &'a str, flags: &[&'a str], args: &[&'a str]) -> Vec<&'a str> {
+        let base = [verb, "--runtime", self.runtime.as_str(), "--network", "none"];
+        [&base, &SMALL[..], flags, &[IMAGE], args].concat()
+    }
+
+    /// A command of the engine on a new terminal of this size.
+    pub fn on_terminal(&self, args: &[&str], size: (u16, u16)) -> Result<(Terminal, Running, OwnedFd)> {
+        Terminal::attach(&self.command(args), size, self.world.patience())
     }
 
     /// A detached container that is up, by a new name.
@@ -95,6 +109,22 @@ impl Engine {
         let pid = pid.parse().unwrap_or(0);
         ensure!(pid == 0 || !process::is_alive(pid), "pid {pid} survives rm --force");
         Ok(())
+    }
+
+    /// Gives it the image.
+    pub fn import(&self) -> Result<()> {
+        let import = self.command(&["import", "--change", "CMD sh", "-", IMAGE]);
+        process::run(import, &archive(self.world)?, self.world.patience())?
+            .code(0)
+            .context("import the image")?;
+        Ok(())
+    }
+
+    /// Kills its daemon, which leaves the containers alone.
+    pub fn kill_daemon(&mut self) -> Result<()> {
+        let daemon = self.daemon.take().context("the daemon")?;
+        daemon.signal(rustix::process::Signal::KILL)?;
+        process::wait_gone(daemon.pid(), self.world.patience())
     }
 
     /// Starts the daemon and waits until `probe` succeeds.

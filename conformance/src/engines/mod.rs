@@ -8,12 +8,17 @@ mod conmon;
 mod containerd;
 mod docker;
 mod engine;
+mod install;
 mod podman;
+mod terminals;
 mod users;
 
 use crate::cases::Case;
 
 /// Every engine's wishes.
 pub fn all() -> Vec<Case> {
-    [docker::cases(), podman::cases(), containerd::cases(), conmon::cases()].into_iter().flatten().collect()
+    [docker::cases(), podman::cases(), containerd::cases(), conmon::cases(), install::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
 }

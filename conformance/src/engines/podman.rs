@@ -1,28 +1,27 @@
 //! podman with conmon, the runtime by containers.conf.
 
 use std::fs;
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use rustix::process::Signal;
 
-use super::engine::{Engine, IMAGE, archive, has_systemd};
+use super::docker::DOCKERFILE;
+use super::engine::{Engine, IMAGE, SMALL, has_systemd};
 use super::users;
 use crate::cases::{At, Case, Wish, sharing};
 use crate::process;
 use crate::wishes::same;
 use crate::world::World;
 
-const WISHES: &[Wish<Engine>] = &[
-    ("podman/run-ends-as-the-workload-does", users::exit_codes),
-    ("podman/streams-arrive-whole-and-apart", users::streams),
-    ("podman/flags-of-run-show-inside", users::surroundings),
-    ("podman/exec-logs-cp-pause-top-stats-stop-wait", users::life),
-    ("podman/init-and-restart", users::init_and_restart),
-    ("podman/killed-by-the-engine-and-by-others", users::deaths),
+const WISHES: [Wish<Engine>; 3] = [
     ("podman/healthcheck-run-is-an-exec", healthcheck),
+    ("podman/a-container-outlives-a-killed-client", killed_client),
+    ("podman/builds-and-buildah-run-by-it", builds),
 ];
 
 pub fn cases() -> Vec<Case> {
-    vec![sharing(At::Engines, set_up, WISHES)]
+    vec![sharing(At::Engines, set_up, &[&users::of!("podman")[..], &WISHES].concat())]
 }
 
 fn set_up(world: &'static World) -> Result<Engine> {
@@ -48,12 +47,12 @@ fn set_up(world: &'static World) -> Result<Engine> {
         env: vec![("CONTAINERS_CONF".into(), at("containers.conf"))],
         runtime: "box".into(),
         daemon: None,
+        pids: &["hpid", "comm"],
         clear: &["rm", "--all", "--force", "--time", "0"],
         tidy: ":",
         dir,
     };
-    let import = engine.command(&["import", "--change", "CMD sh", "-", IMAGE]);
-    process::run(import, &archive(world)?, world.patience())?.code(0).context("import the image")?;
+    engine.import()?;
     Ok(engine)
 }
 
@@ -66,4 +65,50 @@ fn healthcheck(engine: &mut Engine) -> Result<()> {
     engine.call(&["healthcheck", "run", &name])?.code(0)?;
     same(&engine.sh(&name, "echo well")?, &"well".into())?;
     engine.remove(&name)
+}
+
+/// podman has no daemon: whoever has called `run` may die.
+fn killed_client(engine: &mut Engine) -> Result<()> {
+    let name = engine.world.name("box");
+    let script = ["sh", "-c", "trap 'exit 3' TERM; echo up; while :; do sleep 0.1; done"];
+    let command = engine.command(&engine.making("run", &["--name", &name], &script));
+    let mut client = process::start(command, true, engine.world.patience())?;
+    client.read_until("up\n")?;
+    client.signal(Signal::KILL)?;
+    client.finish()?.code(137)?;
+    same(&engine.sh(&name, "echo still here")?, &"still here".into())?;
+    engine.ok(&["stop", &name])?;
+    same(&engine.inspect(&name, ".State.ExitCode")?, &"3".into())?;
+    engine.remove(&name)
+}
+
+/// buildah calls the runtime itself, as conmon does elsewhere.
+fn builds(engine: &mut Engine) -> Result<()> {
+    let dir = engine.world.make_dir("context")?;
+    fs::write(dir.join("Dockerfile"), DOCKERFILE)?;
+    fs::write(dir.join("file"), "from the context\n")?;
+    let at = dir.display().to_string();
+    let kernel = engine.run(&["--rm"], &["uname", "-r"])?.code(0)?.text();
+    let isolated = ["--isolation", "oci", "--network", "none"];
+    engine.ok(&[&["build"], &isolated[..], &["--tag", "localhost/built:1", &at]].concat())?;
+    let base = ["run", "--rm", "--network", "none"];
+    let said = engine.ok(&[&base, &SMALL[..], &["localhost/built:1"]].concat())?;
+    same(&said, &format!("{kernel}7\nfrom the context"))?;
+    let buildah = |args: &[&str]| {
+        let mut buildah = Command::new("buildah");
+        // Its storage is podman's: the flags that say where come first there too.
+        buildah
+            .args(&engine.program[1..3])
+            .args(args)
+            .envs(engine.env.iter().cloned())
+            .current_dir(&engine.dir);
+        process::run(buildah, b"", engine.world.patience())
+    };
+    let name = engine.world.name("working");
+    buildah(&["from", "--pull-never", "--name", &name, IMAGE])?.code(0)?;
+    let runtime = engine.world.runtime.display().to_string();
+    let run = [&["run", "--runtime", &runtime], &isolated[..], &[&name, "--"]].concat();
+    same(&buildah(&[&run[..], &["uname", "-r"]].concat())?.code(0)?.text(), &kernel)?;
+    buildah(&[&run[..], &["sh", "-c", "exit 9"]].concat())?.code(9)?;
+    buildah(&["rm", &name])?.code(0).map(drop)
 }

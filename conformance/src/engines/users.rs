@@ -11,6 +11,24 @@ use super::engine::Engine;
 use crate::process::{self, eventually};
 use crate::wishes::same;
 
+/// The wishes of both, under an engine's name.
+macro_rules! of {
+    ($engine:literal) => {
+        [
+            (concat!($engine, "/run-ends-as-the-workload-does"), $crate::engines::users::exit_codes),
+            (concat!($engine, "/wait-tells-how-each-start-ended"), $crate::engines::users::waits),
+            (concat!($engine, "/streams-arrive-whole-and-apart"), $crate::engines::users::streams),
+            (concat!($engine, "/flags-of-run-show-inside"), $crate::engines::users::surroundings),
+            (concat!($engine, "/run-and-exec-have-terminals-that-follow"), $crate::engines::terminals::both),
+            (concat!($engine, "/exec-logs-cp-pause-top-stats-stop-wait"), $crate::engines::users::life),
+            (concat!($engine, "/update-changes-limits-inside"), $crate::engines::users::update),
+            (concat!($engine, "/init-and-restart"), $crate::engines::users::init_and_restart),
+            (concat!($engine, "/killed-by-the-engine-and-by-others"), $crate::engines::users::deaths),
+        ] as [$crate::cases::Wish<$crate::engines::engine::Engine>; 9]
+    };
+}
+pub(super) use of;
+
 /// `run --rm`: the workload's exit status, or why there is none.
 pub fn exit_codes(engine: &mut Engine) -> Result<()> {
     for (args, code) in [
@@ -25,12 +43,25 @@ pub fn exit_codes(engine: &mut Engine) -> Result<()> {
     Ok(())
 }
 
+/// `create`, `cp` into what has never run, then `start` and `wait` again and again.
+pub fn waits(engine: &mut Engine) -> Result<()> {
+    let name = engine.world.name("box");
+    let script = ["sh", "-c", "exit $(cat /root/status)"];
+    engine.call(&engine.making("create", &["--name", &name], &script))?.code(0)?;
+    let status = engine.world.make_dir("status")?.join("status");
+    for code in ["0", "1", "127"] {
+        fs::write(&status, code)?;
+        engine.ok(&["cp", &status.display().to_string(), &format!("{name}:/root/status")])?;
+        engine.ok(&["start", &name])?;
+        same(&engine.ok(&["wait", &name])?.as_str(), &code)?;
+    }
+    engine.remove(&name)
+}
+
 /// `run --rm -i`: bytes in, bytes out, standard error apart.
 pub fn streams(engine: &mut Engine) -> Result<()> {
-    let base = ["run", "--rm", "-i", "--runtime", engine.runtime.as_str(), "--network", "none"];
     let script = ["sh", "-c", "md5sum; echo apart >&2"];
-    let command =
-        engine.command(&[&base, &super::engine::SMALL[..], &[super::engine::IMAGE], &script].concat());
+    let command = engine.command(&engine.making("run", &["--rm", "--interactive"], &script));
     let output = process::run(command, &vec![0; 2 << 20], engine.world.patience())?.code(0)?;
     same(&output.text(), &"b2d1236c286a3c0704224fe4105eca49  -\n".into())?;
     // docker itself warns where the host cannot limit swap.
@@ -43,7 +74,8 @@ pub fn surroundings(engine: &mut Engine) -> Result<()> {
     let dir = engine.world.make_dir("volume")?;
     fs::set_permissions(&dir, fs::Permissions::from_mode(0o777))?;
     fs::write(dir.join("file"), "from the host\n")?;
-    let (volume, file) = (format!("{}:/data", dir.display()), format!("{}/file:/one:ro", dir.display()));
+    let at = |rest: &str| format!("{}{rest}", dir.display());
+    let (volume, fixed, file) = (at(":/data"), at(":/fixed:ro"), at("/file:/one:ro"));
     let flags = [
         "--rm",
         "--env",
@@ -57,6 +89,8 @@ pub fn surroundings(engine: &mut Engine) -> Result<()> {
         "--volume",
         &volume,
         "--volume",
+        &fixed,
+        "--volume",
         &file,
         "--tmpfs",
         "/scratch:size=1m,mode=1777",
@@ -67,24 +101,27 @@ pub fn surroundings(engine: &mut Engine) -> Result<()> {
         "ALL",
     ];
     let script = "echo $A; id -u; id -g; pwd; hostname; cat /data/file /one; echo new >/data/new; \
-        echo x 2>/dev/null >/one || echo file is read-only; echo x 2>/dev/null >/new || echo root is read-only; \
+        echo x 2>/dev/null >/one || echo file is read-only; echo x 2>/dev/null >/fixed/x || echo so is the directory; \
+        echo x 2>/dev/null >/new || echo and the root; \
         echo x >/scratch/x && df -k /scratch | tail -n 1 | tr -s ' ' | cut -d ' ' -f 2; ulimit -n; ulimit -Hn; \
         grep CapEff /proc/self/status | tr -s '\\t' ' '";
     let said = engine.run(&flags, &["sh", "-c", script])?.code(0)?.text();
     let expected = "b c\n1000\n1001\n/tmp\ninside\nfrom the host\nfrom the host\nfile is read-only\n\
-        root is read-only\n1024\n77\n88\nCapEff: 0000000000000000\n";
+        so is the directory\nand the root\n1024\n77\n88\nCapEff: 0000000000000000\n";
     same(&said, &expected.into())?;
     same(&fs::read_to_string(dir.join("new"))?, &"new\n".into())
 }
 
 /// A shared container's life: exec, logs, cp, pause, top, stats, stop, wait.
 pub fn life(engine: &mut Engine) -> Result<()> {
-    let script =
-        "trap 'echo stopping; exit 9' TERM; echo started; echo complaint >&2; while :; do sleep 0.1; done";
+    let script = "trap 'echo stopping; exit 9' TERM; trap 'echo heard' USR1; echo started; echo complaint >&2; while :; do sleep 0.1; done";
     let name = engine.up(&[], &["sh", "-c", script])?;
     engine.becomes(&name, ".State.Status", "running")?;
     same(&engine.sh(&name, "echo $((6 * 7))")?, &"42".into())?;
-    engine.call(&["exec", &name, "sh", "-c", "exit 7"])?.code(7)?;
+    for (script, code) in [("exit 1", 1), ("exit 7", 7), ("kill -KILL $$", 137)] {
+        engine.call(&["exec", &name, "sh", "-c", script])?.code(code)?;
+    }
+    engine.call(&["exec", &name, "/etc/passwd"])?.code(126)?;
     engine.call(&["exec", &name, "/no/such/program"])?.code(127)?;
     same(
         &engine.ok(&[
@@ -106,11 +143,16 @@ pub fn life(engine: &mut Engine) -> Result<()> {
     copies(engine, &name)?;
     pause(engine, &name)?;
     figures(engine, &name)?;
+    engine.ok(&["kill", "--signal", "USR1", &name])?;
+    let mut follower =
+        process::start(engine.command(&["logs", "--follow", &name]), true, engine.world.patience())?;
+    follower.read_until("heard\n")?;
     let begin = Instant::now();
     engine.ok(&["stop", "--time", "60", &name])?;
     ensure!(begin.elapsed() < Duration::from_secs(50), "TERM did not reach the workload");
     same(&engine.ok(&["wait", &name])?, &"9".into())?;
-    ensure!(engine.ok(&["logs", &name])?.contains("stopping"), "the last line is not in the logs");
+    let followed = follower.finish()?.code(0)?.text();
+    ensure!(followed.ends_with("stopping\n"), "the last line is not in the logs: {followed:?}");
     engine.remove(&name)
 }
 
@@ -123,13 +165,13 @@ fn logs(engine: &Engine, name: &str) -> Result<()> {
 
 fn copies(engine: &Engine, name: &str) -> Result<()> {
     let dir = engine.world.make_dir("copies")?;
-    let (file, back) = (dir.join("file"), dir.join("back"));
-    fs::write(&file, "to and fro")?;
-    let file = file.display().to_string();
-    engine.ok(&["cp", &file, &format!("{name}:/root/copy")])?;
-    same(&engine.sh(name, "cat /root/copy; echo -n -changed >>/root/copy")?, &"to and fro".into())?;
-    engine.ok(&["cp", &format!("{name}:/root/copy"), &back.display().to_string()])?;
-    same(&fs::read_to_string(back)?, &"to and fro-changed".into())
+    fs::create_dir_all(dir.join("to/deep"))?;
+    fs::write(dir.join("to/deep/file"), "to and fro")?;
+    let at = |path: &str| dir.join(path).display().to_string();
+    engine.ok(&["cp", &at("to"), &format!("{name}:/root/copy")])?;
+    same(&engine.sh(name, "cd /root/copy/deep; cat file; echo -n -changed >>file")?, &"to and fro".into())?;
+    engine.ok(&["cp", &format!("{name}:/root/copy/deep/file"), &at("back")])?;
+    same(&fs::read_to_string(dir.join("back"))?, &"to and fro-changed".into())
 }
 
 fn pause(engine: &Engine, name: &str) -> Result<()> {
@@ -137,16 +179,33 @@ fn pause(engine: &Engine, name: &str) -> Result<()> {
     engine.becomes(name, ".State.Status", "paused")?;
     let refused = engine.call(&["exec", name, "true"])?;
     ensure!(refused.code != 0, "exec into a paused container succeeds");
+    let file = engine.world.make_dir("asleep")?.join("file");
+    fs::write(&file, "came in its sleep")?;
+    engine.ok(&["cp", &file.display().to_string(), &format!("{name}:/root/asleep")])?;
     engine.ok(&["unpause", name])?;
-    same(&engine.sh(name, "echo awake")?, &"awake".into())
+    same(&engine.sh(name, "cat /root/asleep")?, &"came in its sleep".into())
 }
 
 fn figures(engine: &Engine, name: &str) -> Result<()> {
-    let top = engine.ok(&["top", name])?;
-    ensure!(top.lines().count() >= 2, "top: {top}");
-    let stats = engine.ok(&["stats", "--no-stream", "--format", "{{.MemUsage}}", name])?;
-    ensure!(stats.contains('B') && !stats.starts_with("0B"), "stats: {stats}");
+    let pid = engine.inspect(name, ".State.Pid")?;
+    let top = engine.ok(&[&["top", name], engine.pids].concat())?;
+    ensure!(top.split_whitespace().any(|word| word == pid), "top has no pid {pid}: {top}");
+    let stats = engine.ok(&["stats", "--no-stream", "--format", "{{.MemUsage}}|{{.PIDs}}", name])?;
+    let (memory, pids) = stats.split_once('|').unwrap_or_default();
+    ensure!(memory.contains('B') && !memory.starts_with("0B"), "stats: {stats}");
+    ensure!(pids.trim().parse::<u32>().is_ok_and(|pids| pids > 0), "stats: {stats}");
     Ok(())
+}
+
+/// `update` of a running container.
+pub fn update(engine: &mut Engine) -> Result<()> {
+    let name = engine.up(&[], &["sleep", "1000"])?;
+    let limits = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max | tr '\\n' ' '";
+    same(&engine.sh(&name, limits)?.replace(" 2048 ", " max "), &"134217728 max 100000 100000".into())?;
+    let flags = ["--memory", "96m", "--memory-swap", "96m", "--pids-limit", "50", "--cpus", "0.5"];
+    engine.ok(&[&["update"], &flags[..], &[&name]].concat())?;
+    same(&engine.sh(&name, limits)?, &"100663296 50 50000 100000".into())?;
+    engine.remove(&name)
 }
 
 /// `--init` in front, and `restart`.
@@ -161,18 +220,30 @@ pub fn init_and_restart(engine: &mut Engine) -> Result<()> {
     engine.remove(&name)
 }
 
-/// SIGKILL by the engine, and by somebody else.
+/// SIGKILL by the engine, at once and after the grace, and by somebody else.
 pub fn deaths(engine: &mut Engine) -> Result<()> {
-    let name = engine.up(&[], &["sleep", "1000"])?;
+    let name = engine.up(&[], &["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"])?;
+    let ended = || {
+        engine.becomes(&name, ".State.Status", "exited")?;
+        same(&engine.inspect(&name, ".State.ExitCode")?, &"137".into())
+    };
+    let again = || {
+        engine.ok(&["start", &name])?;
+        engine.becomes(&name, ".State.Status", "running")
+    };
     engine.ok(&["kill", &name])?;
-    engine.becomes(&name, ".State.Status", "exited")?;
-    same(&engine.inspect(&name, ".State.ExitCode")?, &"137".into())?;
-    engine.ok(&["start", &name])?;
-    engine.becomes(&name, ".State.Status", "running")?;
-    let pid: i32 = engine.inspect(&name, ".State.Pid")?.parse()?;
-    process::signal(pid, Signal::KILL)?;
-    engine.becomes(&name, ".State.Status", "exited")?;
-    same(&engine.inspect(&name, ".State.ExitCode")?, &"137".into())?;
+    ended()?;
+    again()?;
+    // So that the trap is set by now.
+    engine.sh(&name, "true")?;
+    let begin = Instant::now();
+    engine.ok(&["stop", "--time", "3", &name])?;
+    ensure!(begin.elapsed() >= Duration::from_secs(3), "killed after {:.1?} of grace", begin.elapsed());
+    ended()?;
+    again()?;
+    process::signal(engine.inspect(&name, ".State.Pid")?.parse()?, Signal::KILL)?;
+    ended()?;
+    same(&engine.ok(&["wait", &name])?, &"137".into())?;
     engine.remove(&name)
 }
 

@@ -1,0 +1,167 @@
+//! Engines told of the runtime by the project's own script: they read what it has written where they look for it.
+//!
+//! In: `--installer`, a script that knows `[--prefix DIR] [--uninstall] ENGINE...`. Out: containers of engines that the
+//! suite has told nothing. Must not: give an engine a configuration beyond where its state lies.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use super::engine::{Engine, has_systemd};
+use crate::cases::{At, Case, Wish, sharing};
+use crate::process;
+use crate::wishes::same;
+use crate::world::World;
+
+/// Its name for engines.
+const NAME: &str = "a3s-box";
+
+const WISHES: &[Wish<Installed>] = &[
+    ("install/docker-finds-the-runtime", docker),
+    ("install/podman-finds-the-runtime", podman),
+    ("install/containerd-finds-the-handler", containerd),
+    ("install/uninstall-leaves-nothing", uninstall),
+];
+
+pub fn cases() -> Vec<Case> {
+    vec![sharing(At::Engines, Installed::set_up, WISHES)]
+}
+
+/// The runtime in a place of its own, engines' configuration in theirs.
+struct Installed {
+    world: &'static World,
+    prefix: PathBuf,
+    before: BTreeSet<PathBuf>,
+}
+
+impl Installed {
+    fn set_up(world: &'static World) -> Result<Self> {
+        let prefix = world.make_dir("prefix")?;
+        let installed = Installed { world, before: configuration(&prefix), prefix };
+        installed.script(&["docker", "podman", "containerd", "crio"])?;
+        Ok(installed)
+    }
+
+    /// The script takes the runtime from where a build leaves it.
+    fn script(&self, args: &[&str]) -> Result<()> {
+        let installer = self.world.installer.as_ref().context("--installer is missing")?;
+        let target = self.world.dir.join("target");
+        fs::create_dir_all(target.join("release"))?;
+        let _ = std::os::unix::fs::symlink(&self.world.runtime, target.join("release").join(NAME));
+        let mut script = Command::new(installer);
+        script.args(args).arg("--prefix").arg(&self.prefix).env("CARGO_TARGET_DIR", target);
+        process::run(script, b"", self.world.patience())?.code(0).map(drop)
+    }
+
+    fn binary(&self) -> String {
+        self.prefix.join("bin").join(NAME).display().to_string()
+    }
+
+    fn engine(&self, name: &str, program: &[&str]) -> Result<Engine> {
+        Ok(Engine {
+            world: self.world,
+            dir: self.world.make_dir(name)?,
+            program: program.iter().map(|word| word.to_string()).collect(),
+            env: vec![],
+            runtime: NAME.into(),
+            daemon: None,
+            pids: &[],
+            clear: &["version"],
+            tidy: "ip link delete docker0 2>/dev/null",
+        })
+    }
+}
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        let _ = self.script(&["--uninstall"]);
+    }
+}
+
+/// Files that are engines' configuration or the installed runtime.
+fn configuration(prefix: &Path) -> BTreeSet<PathBuf> {
+    let mut all = BTreeSet::new();
+    let mut dirs = vec![prefix.to_path_buf()];
+    dirs.extend(["docker", "containers", "containerd", "crio"].map(|name| Path::new("/etc").join(name)));
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                true => dirs.push(entry.path()),
+                false => drop(all.insert(entry.path())),
+            }
+        }
+    }
+    all
+}
+
+/// What runs is what was installed: its kernel is that of a container of the runtime under test.
+fn runs(engine: &Engine) -> Result<()> {
+    let release = engine.run(&["--rm"], &["uname", "-r"])?.code(0)?.text();
+    same(&release, &engine.world.run_config(&crate::config::Config::new(&["uname", "-r"]))?)
+}
+
+fn docker(installed: &mut Installed) -> Result<()> {
+    let mut engine = installed.engine("docker", &["docker"])?;
+    let dir = engine.dir.display().to_string();
+    let socket = format!("unix://{dir}/sock");
+    engine.program.extend(["--host".into(), socket.clone()]);
+    let mut dockerd = Command::new("dockerd");
+    dockerd.args(["--data-root", &format!("{dir}/data"), "--exec-root", &format!("{dir}/exec")]);
+    dockerd.args(["--pidfile", &format!("{dir}/pid"), "--host", &socket, "--ip6tables=false"]);
+    if !has_systemd() {
+        dockerd.args(["--exec-opt", "native.cgroupdriver=cgroupfs"]);
+    }
+    engine.start_daemon(dockerd, &["version"])?;
+    let known = engine.ok(&["info", "--format", "{{json .Runtimes}}"])?;
+    ensure!(known.contains(&installed.binary()), "it knows {known}");
+    engine.import()?;
+    runs(&engine)
+}
+
+fn podman(installed: &mut Installed) -> Result<()> {
+    let mut engine = installed.engine("podman", &["podman"])?;
+    let at = |name: &str| engine.dir.join(name).display().to_string();
+    let manager = if has_systemd() { "systemd" } else { "cgroupfs" };
+    // Only what this machine lacks; whatever else it reads is where it is by default.
+    let settings = format!(
+        "[containers]\nlog_driver = \"k8s-file\"\n[engine]\ncgroup_manager = \"{manager}\"\nevents_logger = \"file\"\n"
+    );
+    fs::write(engine.dir.join("override.conf"), settings)?;
+    engine.env = vec![("CONTAINERS_CONF_OVERRIDE".into(), at("override.conf"))];
+    let places = [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")];
+    let places: Vec<String> = places.iter().map(|(flag, name)| format!("{flag}={}", at(name))).collect();
+    engine.program.extend(places);
+    engine.import()?;
+    runs(&engine)?;
+    engine.program.push(format!("--runtime={NAME}"));
+    let info = engine.ok(&["info", "--format", "{{.Host.OCIRuntime.Path}}"])?;
+    same(&info, &installed.binary())
+}
+
+/// Its CRI plugin is what the handler is for; `ctr` names the binary itself.
+fn containerd(installed: &mut Installed) -> Result<()> {
+    let engine = installed.engine("containerd", &["containerd"])?;
+    let settings = engine.ok(&["config", "dump"])?;
+    let handler = settings.split("runtimes.a3s-box.options]").nth(1).context("no handler a3s-box")?;
+    let handler = handler.split("\n\n").next().unwrap_or_default();
+    for line in [&format!("BinaryName = '{}'", installed.binary()), "SystemdCgroup = true"] {
+        ensure!(handler.contains(line), "no {line:?} in {handler}");
+    }
+    Ok(())
+}
+
+fn uninstall(installed: &mut Installed) -> Result<()> {
+    let with = configuration(&installed.prefix);
+    ensure!(with.len() >= installed.before.len() + 5, "it has installed {with:?}");
+    installed.script(&["--uninstall"])?;
+    let left: Vec<_> = configuration(&installed.prefix).difference(&installed.before).cloned().collect();
+    // Other settings may be in docker's one file, so it stays.
+    let left: Vec<_> = left.iter().filter(|path| !path.ends_with("docker/daemon.json")).collect();
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    let settings = fs::read_to_string("/etc/docker/daemon.json").unwrap_or_default();
+    ensure!(!settings.contains(NAME), "docker still has {settings}");
+    installed.script(&["docker", "podman", "containerd", "crio"])
+}
