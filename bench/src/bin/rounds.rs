@@ -1,7 +1,8 @@
 //! Times commands against each other, in rounds: A B C, A B C, …, so that a busy moment of the machine meets them all.
 //!
-//! In: the number of rounds as argument; on stdin a line per step, `label | command`; without a label it is not timed.
-//! Out: a markdown table: median, fastest, and the median as a multiple of the first label's. Each command is `sh -c`'s.
+//! In: the number of rounds as argument; on stdin a line per step, `label | command` or `label < other label | command`;
+//! without a label it is not timed. Out: a markdown table: median, fastest, and the median as a multiple of the first
+//! label's, or of the other's. Each command is `sh -c`'s.
 //! Must not: go on after a failed step, whose time would mean nothing.
 
 use std::io::{self, BufRead};
@@ -12,6 +13,8 @@ use anyhow::{Context, bail};
 
 struct Step {
     label: String,
+    /// The label of the step it is held against.
+    against: Option<String>,
     command: String,
     times: Vec<Duration>,
 }
@@ -38,8 +41,12 @@ fn read_steps(input: impl BufRead) -> anyhow::Result<Vec<Step>> {
             continue;
         }
         let (label, command) = line.split_once('|').with_context(|| format!("no | in {line:?}"))?;
+        let (label, against) = match label.split_once('<') {
+            Some((label, against)) => (label, Some(against.trim().to_owned())),
+            None => (label, None),
+        };
         let (label, command) = (label.trim().to_owned(), command.trim().to_owned());
-        steps.push(Step { label, command, times: Vec::new() });
+        steps.push(Step { label, against, command, times: Vec::new() });
     }
     Ok(steps)
 }
@@ -58,14 +65,19 @@ fn run(command: &str) -> anyhow::Result<Duration> {
 }
 
 fn print(steps: &mut [Step]) {
-    println!("| | median ms | fastest ms | × first |\n|---|--:|--:|--:|");
-    let mut first = None;
-    for step in steps.iter_mut().filter(|step| !step.label.is_empty()) {
-        step.times.sort();
-        let middle = milliseconds(median(&step.times));
+    println!("| | median ms | fastest ms | ratio | to |\n|---|--:|--:|--:|---|");
+    steps.iter_mut().for_each(|step| step.times.sort());
+    let timed = || steps.iter().filter(|step| !step.label.is_empty());
+    let middle = |step: &Step| milliseconds(median(&step.times));
+    for step in timed() {
+        let base = match &step.against {
+            Some(label) => timed().find(|other| other.label == *label),
+            None => timed().next(),
+        };
         let fastest = milliseconds(step.times.first().copied().unwrap_or_default());
-        let base = *first.get_or_insert(middle);
-        println!("| {} | {middle:.1} | {fastest:.1} | {:.2} |", step.label, middle / base);
+        let ratio = base.map_or(f64::NAN, |base| middle(step) / middle(base));
+        let to = base.map_or("", |base| base.label.as_str());
+        println!("| {} | {:.1} | {fastest:.1} | {ratio:.2} | {to} |", step.label, middle(step));
     }
 }
 
@@ -93,8 +105,9 @@ mod tests {
 
     #[test]
     fn a_step_without_label_is_not_timed() {
-        let steps = read_steps(&b"a b | run x\n\n | clean up | twice\n"[..]).unwrap();
+        let steps = read_steps(&b"a b < c | run x\n\n | clean up | twice\n"[..]).unwrap();
         assert_eq!(steps.len(), 2);
+        assert_eq!(steps[0].against.as_deref(), Some("c"));
         assert_eq!((steps[0].label.as_str(), steps[0].command.as_str()), ("a b", "run x"));
         assert_eq!((steps[1].label.as_str(), steps[1].command.as_str()), ("", "clean up | twice"));
     }
