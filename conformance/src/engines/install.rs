@@ -69,7 +69,7 @@ impl Installed {
             runtime: NAME.into(),
             daemon: None,
             pids: &[],
-            clear: &["version"],
+            clear: &["--version"],
             tidy: "ip link delete docker0 2>/dev/null",
         })
     }
@@ -145,6 +145,8 @@ fn podman(installed: &mut Installed) -> Result<()> {
 fn containerd(installed: &mut Installed) -> Result<()> {
     let engine = installed.engine("containerd", &["containerd"])?;
     let settings = engine.ok(&["config", "dump"])?;
+    // What the machine's own file says still holds.
+    ensure!(settings.contains("'/usr/lib/cni'"), "its CNI plugins are elsewhere: {settings}");
     let handler = settings.split("runtimes.a3s-box.options]").nth(1).context("no handler a3s-box")?;
     let handler = handler.split("\n\n").next().unwrap_or_default();
     for line in [&format!("BinaryName = '{}'", installed.binary()), "SystemdCgroup = true"] {
@@ -158,10 +160,10 @@ fn uninstall(installed: &mut Installed) -> Result<()> {
     ensure!(with.len() >= installed.before.len() + 5, "it has installed {with:?}");
     installed.script(&["--uninstall"])?;
     let left: Vec<_> = configuration(&installed.prefix).difference(&installed.before).cloned().collect();
-    // Other settings may be in docker's one file, so it stays.
-    let left: Vec<_> = left.iter().filter(|path| !path.ends_with("docker/daemon.json")).collect();
     ensure!(left.is_empty(), "left behind: {left:?}");
-    let settings = fs::read_to_string("/etc/docker/daemon.json").unwrap_or_default();
-    ensure!(!settings.contains(NAME), "docker still has {settings}");
+    for path in &installed.before {
+        let settings = fs::read_to_string(path).unwrap_or_default();
+        ensure!(!settings.contains(NAME), "{} still has {settings}", path.display());
+    }
     installed.script(&["docker", "podman", "containerd", "crio"])
 }
