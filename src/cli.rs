@@ -121,6 +121,8 @@ pub enum Command {
     Update(Box<Update>),
     /// Print what a container uses, as JSON: every interval, or once
     Events(Events),
+    /// Show where the time of a container's start went
+    Timeline(Timeline),
     /// Write a config.json to start from
     Spec(Spec),
     /// Print what this runtime supports as JSON (runtime-spec features.md)
@@ -317,6 +319,28 @@ pub struct Events {
     /// Container id
     #[arg(value_name = "ID")]
     pub id: String,
+}
+
+/// Flags of `timeline`.
+#[derive(Debug, Args)]
+pub struct Timeline {
+    /// Bars for a terminal, a picture, or events for chrome://tracing and Perfetto
+    #[arg(long, value_enum, default_value_t = TimelineFormat::Text)]
+    pub format: TimelineFormat,
+    /// Container id
+    #[arg(value_name = "ID")]
+    pub id: String,
+}
+
+/// Forms of a timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TimelineFormat {
+    /// Bars
+    Text,
+    /// A picture
+    Svg,
+    /// Chrome's trace events, JSON
+    Trace,
 }
 
 /// Flags of `ps`.

@@ -5,7 +5,8 @@
 //! Intent into processes: [`monitor`] (the container's pid) → [`hooks`], [`jail`], [`userns`], [`cgroup`] → [`vmm`] →
 //! [`krun`], or [`pod`] (a VM that is there); [`proxy`] (the pid of a detached `exec`).
 //! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`].
-//! [`commands`] strings them together, one file a verb. [`log`] is the one voice, [`patience`] bounds what may hang.
+//! [`commands`] strings them together, one file a verb. [`log`] is the one voice, [`timeline`] remembers a start, [`patience`]
+//! bounds what may hang.
 
 mod bundle;
 mod cgroup;
@@ -33,6 +34,7 @@ mod stdio;
 mod store;
 mod support;
 mod terminal;
+mod timeline;
 mod userns;
 mod vmm;
 

@@ -38,6 +38,7 @@ use crate::plan::{Namespace, Plan};
 use crate::pod::Home;
 use crate::relay::{self, Post, Vm, VmDied};
 use crate::store::VM_DIR;
+use crate::timeline::{Mark, Timeline};
 use crate::userns::{self, UserNamespace};
 use crate::{terminal, vmm};
 
@@ -263,7 +264,7 @@ fn live(plan: Plan, dir: &Path, opened: Opened, slave: Option<OwnedFd>, channel:
             let connection = stage.create(&reporter)?;
             Ok((stage, connection))
         });
-    let (mut stage, connection) = match born {
+    let (stage, connection) = match born {
         Ok(born) => born,
         Err(error) => {
             reporter.send(&Report::Failed(guest::clean(&sentence(&error))), None);
@@ -275,15 +276,16 @@ fn live(plan: Plan, dir: &Path, opened: Opened, slave: Option<OwnedFd>, channel:
         return 1;
     }
     drop(reporter);
-    let (container, terminal) = (&stage.id, stage.terminal);
-    let post = Post { container, vm: stage.vm.as_mut(), terminal, is_job: false };
-    match relay::run(connection, &stage.signals, post) {
+    let Stage { id, mut vm, signals, last_message, timeline, terminal, .. } = stage;
+    let timeline = Some(timeline);
+    let post = Post { container: &id, vm: vm.as_mut(), terminal, is_job: false, timeline };
+    match relay::run(connection, &signals, post) {
         Ok(status) => {
-            stage.leave_word(&End::Regular);
+            leave_word(last_message, &End::Regular);
             status.code()
         }
         Err(error) => {
-            stage.leave_word(&End::Failed(guest::clean(&sentence(&error))));
+            leave_word(last_message, &End::Failed(guest::clean(&sentence(&error))));
             error.downcast_ref::<VmDied>().map_or(255, |died| died.status)
         }
     }
@@ -298,6 +300,7 @@ struct Stage {
     door: Option<UnixStream>,
     signals: SignalFd,
     last_message: File,
+    timeline: Timeline,
     /// See [`Post`].
     terminal: Option<RawFd>,
     request: Request,
@@ -323,7 +326,7 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> R
     let (rootfs, hooked) = (plan.tree.rootfs.clone(), plan.hooks.any_at_create());
     let sources = tree::open(plan.tree, &mut plan.guest)?;
     let exports = if plan.guest.idle { Vec::new() } else { sources.exports(&mut plan.guest.mounts, root)? };
-    let last_message = open_last_message(dir)?;
+    let (last_message, timeline) = (open_last_message(dir)?, Timeline::open(dir));
     let place = own.as_ref().map(|_| open(&dir.join(VM_DIR))).transpose()?;
     // Hooks look for the container's tree at root.path, and may change what is in it.
     let view = sources.assemble(&open(if hooked { &rootfs } else { dir })?)?;
@@ -334,6 +337,7 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> R
         vm.vmm.boot(&exports)?;
     }
     let door = home.map(|home| home.furnish(exports)).transpose()?;
+    timeline.mark(Mark::Tree);
     reporter.phase("tree handed to the VMM");
     view.enter()?;
     if let Some(place) = place {
@@ -349,7 +353,7 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> R
     let id = plan.guest.id.clone();
     let terminal = plan.guest.process.terminal.and_then(|_| terminal::own());
     let request = Request::Create(Box::new(plan.guest));
-    Ok(Stage { id, vm: own, door, signals, last_message, terminal, request })
+    Ok(Stage { id, vm: own, door, signals, last_message, timeline, terminal, request })
 }
 
 /// Starts a VMM in this process's namespaces.
@@ -401,21 +405,22 @@ fn open_last_message(dir: &Path) -> Result<File> {
         .context("make the last message's file")
 }
 
-impl Stage {
-    fn leave_word(&mut self, end: &End) {
-        // Who reads it takes nothing for a death by a signal, which is the worst that this can mean.
-        if let Ok(bytes) = serde_json::to_vec(end) {
-            let _ = self.last_message.write_all(&bytes);
-        }
+fn leave_word(mut last_message: File, end: &End) {
+    // Who reads it takes nothing for a death by a signal, which is the worst that this can mean.
+    if let Ok(bytes) = serde_json::to_vec(end) {
+        let _ = last_message.write_all(&bytes);
     }
+}
 
+impl Stage {
     /// Has the guest create the container. The connection owns it.
     fn create(&mut self, reporter: &Reporter) -> Result<Connection> {
         let mut connection = match (self.door.take(), &mut self.vm) {
-            (None, Some(vm)) => arrival::connect(vm, &self.signals, reporter)?,
+            (None, Some(vm)) => arrival::connect(vm, &self.signals, reporter, &self.timeline)?,
             (Some(stream), _) => Connection::greet(stream, guest::ANSWER)?,
             (None, None) => bail!("there is no VM"),
         };
+        self.timeline.mark(Mark::Greeted);
         reporter.phase(&format!(
             "guest greeted: kernel {}, {} ms after its start",
             guest::clean(&connection.greeting.kernel),

@@ -18,6 +18,7 @@ use crate::console::Console;
 use crate::guest::{Connection, clean};
 use crate::stdio::{Event, Pumps};
 use crate::terminal;
+use crate::timeline::{Mark, Timeline};
 use crate::vmm::{self, Vmm};
 
 /// The VM, for the one relay that holds it.
@@ -38,6 +39,8 @@ pub struct Post<'a> {
     pub terminal: Option<RawFd>,
     /// Whether this process is a shell's job, to be stopped by its terminal instead of the guest's process.
     pub is_job: bool,
+    /// Who wants to know of the first byte of output.
+    pub timeline: Option<Timeline>,
 }
 
 /// Signals by which a caller gives up on what it waits for.
@@ -189,6 +192,9 @@ impl Relay<'_> {
         *outstanding += cost(bytes.len());
         if stream == Stream::Stdin || *outstanding > WINDOW {
             bail!("the guest sends more than it may");
+        }
+        if let Some(timeline) = self.post.timeline.take() {
+            timeline.mark(Mark::Output);
         }
         self.pumps.write(stream, bytes);
         Ok(())

@@ -20,6 +20,7 @@ use crate::pod::{self, Home};
 use crate::relay;
 use crate::store::{Entry, ProcessId, Record};
 use crate::terminal::Pty;
+use crate::timeline::{self, Mark, Timeline};
 
 /// The verb.
 pub fn create(context: &Context, args: &cli::Create) -> Result<i32> {
@@ -89,6 +90,7 @@ pub fn birth<'a>(
     signals: Option<&SignalFd>,
     detached: bool,
 ) -> Result<Born<'a>> {
+    let called = timeline::now();
     refuse_flags(args)?;
     context.store.path(&args.id)?;
     let bundle = bundle::open(&args.bundle)?;
@@ -103,6 +105,7 @@ pub fn birth<'a>(
     let pty = super::terminal(&mut plan.guest.process, detached, &args.engine)?;
     crate::vmm::usable()?;
     context.log.debug(&format!("planned: {} vCPUs, {} MiB", plan.vm.vcpus, plan.vm.memory_mib));
+    let planned = timeline::now();
     let mut sandbox = pod::find(&context.store, &plan.role)?;
     let (namespace, network, home) = match &mut sandbox {
         None => net::choose(&mut plan).map(|(namespace, network)| (namespace, network, None))?,
@@ -112,6 +115,9 @@ pub fn birth<'a>(
         }
     };
     let entry = context.store.create(&args.id)?;
+    let timeline = Timeline::open(entry.dir());
+    timeline.mark_at(Mark::Called, called);
+    timeline.mark_at(Mark::Planned, planned);
     let seat = home.as_ref().map(|home| home.seat.clone());
     let vm = home.as_ref().map(|home| home.vm);
     let record = Record { network, seat, vm, ..record(&args.id, &bundle, &plan.vm, plan.hooks.clone())? };
@@ -126,7 +132,7 @@ pub fn birth<'a>(
     born.entry.as_ref().zip(bundle.spec.process().as_ref()).map_or(Ok(()), |(e, p)| e.save_process(p))?;
     let (early, late) = std::mem::take(&mut plan.limits).split();
     let seat = place.as_ref().map(|place| (place, &early));
-    raise(context, &mut born, (plan, namespace, home), seat, signals, pty.as_ref())?;
+    raise((context, &timeline), &mut born, (plan, namespace, home), seat, signals, pty.as_ref())?;
     let _ = born.record.cgroup.limit(&late)?;
     born.record.ready = true;
     born.save()?;
@@ -135,6 +141,7 @@ pub fn birth<'a>(
     super::introduce(&args.engine, handle.pid, handle.pidfd())?;
     born.pid_file = args.engine.pid_file.as_deref();
     handle.go_on()?;
+    timeline.mark(Mark::Created);
     context.log.debug("created");
     Ok(born)
 }
@@ -179,7 +186,7 @@ fn resources(bundle: &Bundle) -> Result<serde_json::Value> {
 
 /// Clones the monitor, puts it into its cgroup and follows its reports until the container is there.
 fn raise(
-    context: &Context,
+    (context, timeline): (&Context, &Timeline),
     born: &mut Born,
     (plan, namespace, home): (Plan, Option<File>, Option<Home>),
     place: Option<(&Place, &Limits)>,
@@ -192,6 +199,7 @@ fn raise(
     }
     let slave = pty.map(|pty| pty.slave.try_clone()).transpose().context("terminal")?;
     let handle = monitor::spawn(plan, namespace, entry.dir(), home, slave)?;
+    timeline.mark(Mark::Monitor);
     context.log.debug("monitor cloned");
     born.record.monitor = ProcessId::of(handle.pid);
     let handle = born.handle.insert(handle);
@@ -199,6 +207,7 @@ fn raise(
     if let Some((place, limits)) = place {
         born.record.cgroup.enter(place, handle.pid, limits)?;
         entry.save(&born.record)?;
+        timeline.mark(Mark::Cgroup);
         context.log.debug("monitor in its cgroup");
     }
     handle.go_on()?;
@@ -206,6 +215,7 @@ fn raise(
         await_report(handle, signals)?;
         match handle.report()? {
             (Report::Vmm, pid) => {
+                timeline.mark(Mark::Vmm);
                 context.log.debug("VMM started");
                 born.record.vm = pid.and_then(ProcessId::of);
                 entry.save(&born.record)?;

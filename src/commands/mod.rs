@@ -15,6 +15,7 @@ mod run;
 mod spec;
 mod start;
 mod state;
+mod timeline;
 mod update;
 
 use std::io::Write;
@@ -80,6 +81,7 @@ fn dispatch(context: &Context, command: Command) -> Result<i32> {
         Command::Update(args) => update::update(context, &args),
         Command::Events(args) => events::events(context, &args),
         Command::Resume(args) => pause::resume(context, &args.id),
+        Command::Timeline(args) => timeline::timeline(context, &args),
         Command::Spec(args) => spec::spec(&args),
         Command::Features(args) => features::features(&args),
         Command::Check(args) => check::check(&args),

@@ -13,6 +13,7 @@ use crate::monitor::{self, End};
 use crate::net::{self, localhost};
 use crate::pod;
 use crate::store::{Entry, Record, Status};
+use crate::timeline::{Mark, Timeline};
 use crate::vmm;
 use a3s_box_proto::{Outcome, Request};
 
@@ -52,8 +53,10 @@ fn startable(record: &Record) -> Result<()> {
 /// Has the guest start the process, and notes that it did.
 pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
     startable(record)?;
+    let timeline = Timeline::open(entry.dir());
+    timeline.mark(Mark::Start);
     let mut connection = connect(entry.dir(), record, guest::ANSWER)?;
-    plug(entry, record, &mut connection)?;
+    plug(entry, record, &mut connection, &timeline)?;
     let answer = connection.call(&Request::Start { container: record.id.clone() }, patience(record));
     match answer.or_else(|error| if ended(entry, record) { Ok(Outcome::Done) } else { Err(error) })? {
         Outcome::Done => {}
@@ -62,6 +65,7 @@ pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
         Outcome::Busy { reason } => bail!("{}", guest::clean(&reason)),
         other => bail!("the guest did not start the container: {other:?}"),
     }
+    timeline.mark(Mark::Started);
     record.started = true;
     entry.save(record)
 }
@@ -77,7 +81,7 @@ fn patience(record: &Record) -> Duration {
 }
 
 /// Gives the container's NICs the places of the interfaces that its network namespace has by now.
-fn plug(entry: &Entry, record: &mut Record, connection: &mut Connection) -> Result<()> {
+fn plug(entry: &Entry, record: &mut Record, connection: &mut Connection, timeline: &Timeline) -> Result<()> {
     let (Some(mut site), Some(monitor)) = (record.network.clone(), record.monitor) else { return Ok(()) };
     let note = |site: &net::Site| {
         record.network = Some(site.clone());
@@ -88,16 +92,17 @@ fn plug(entry: &Entry, record: &mut Record, connection: &mut Connection) -> Resu
     };
     let request = Request::Plug { container: record.id.clone(), nics, settings };
     match connection.call(&request, guest::ANSWER)? {
-        Outcome::Done => localhost::spawn(localhost::Place {
-            id: &record.id,
-            monitor: vmm::pidfd_open(monitor.pid)?,
-            vm_dir: entry.open_vm_dir()?,
-            cgroup: &record.cgroup,
-            standing,
-        }),
+        Outcome::Done => timeline.mark(Mark::Network),
         Outcome::Failed { text } => bail!("network: {}", guest::clean(&text)),
         other => bail!("the guest did not take the network: {other:?}"),
     }
+    localhost::spawn(localhost::Place {
+        id: &record.id,
+        monitor: vmm::pidfd_open(monitor.pid)?,
+        vm_dir: entry.open_vm_dir()?,
+        cgroup: &record.cgroup,
+        standing,
+    })
 }
 
 /// Whether the container came to its own end. A short workload's VM may be gone before its guest's answer is through.

@@ -16,6 +16,7 @@ use nix::sys::signalfd::SignalFd;
 use super::Reporter;
 use crate::guest::{self, Connection, NotReady};
 use crate::relay::{self, Vm};
+use crate::timeline::{self, Mark, Timeline};
 use crate::vmm;
 
 /// How long a guest may take from the VMM's start to its greeting.
@@ -29,7 +30,12 @@ fn dial() -> Result<Connection> {
 }
 
 /// Waits for the greeting.
-pub(super) fn connect(vm: &mut Vm, signals: &SignalFd, reporter: &Reporter) -> Result<Connection> {
+pub(super) fn connect(
+    vm: &mut Vm,
+    signals: &SignalFd,
+    reporter: &Reporter,
+    timeline: &Timeline,
+) -> Result<Connection> {
     let deadline = Instant::now() + BOOT;
     let mut listening = false;
     loop {
@@ -37,12 +43,18 @@ pub(super) fn connect(vm: &mut Vm, signals: &SignalFd, reporter: &Reporter) -> R
         vm.console.drain();
         if !listening && vm.console.heard(LISTENING) {
             listening = true;
+            timeline.mark(Mark::Listening);
             reporter.phase("guest-init listens");
         }
         if listening || quiet {
             match dial() {
                 Err(error) if error.is::<NotReady>() => {}
-                result => return result,
+                Ok(connection) => {
+                    let age = connection.greeting.uptime_us;
+                    timeline.mark_at(Mark::Kernel, timeline::now().saturating_sub(age));
+                    return Ok(connection);
+                }
+                Err(error) => return Err(error),
             }
         }
         if Instant::now() > deadline {

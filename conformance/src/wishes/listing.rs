@@ -30,6 +30,22 @@ const WISHES: &[Wish<Container>] = &[
         ensure!(fs::metadata(path).is_ok_and(|stat| stat.is_file()), "console-log: {path:?}");
         Ok(())
     }),
+    ("timeline/shows-each-part-of-a-start", |container| {
+        let (world, id) = (container.world, container.id.clone());
+        let text = world.ok(&["timeline", &id])?.quiet()?.text();
+        ensure!(text.starts_with(&format!("{id}: ")), "{text}");
+        for part in
+            ["plan", "monitor", "guest kernel", "guest-init", "container", "waiting for start", "process"]
+        {
+            ensure!(text.lines().any(|line| line.starts_with(part)), "no {part}: {text}");
+        }
+        let trace = world.ok(&["timeline", "--format", "trace", &id])?.text();
+        let trace: Value = serde_json::from_str(&trace)?;
+        let parts = trace["traceEvents"].as_array().map_or(0, Vec::len);
+        let picture = world.ok(&["timeline", "--format", "svg", &id])?.text();
+        ensure!(parts >= 8 && picture.matches("ms</text>").count() == parts, "{trace} {picture}");
+        Ok(())
+    }),
     ("ps/as-a-table-of-the-guests-processes", |container| {
         process::eventually("its start", container.world.patience(), || {
             Ok(container.output().contains("up"))
