@@ -167,7 +167,7 @@ fn connect(context: u32, devices: &Devices) -> anyhow::Result<()> {
 }
 
 /// Gives the context a NIC on its tap, with checksums and segmentation left to whoever comes last.
-fn add_nic(context: u32, slot: u8, tap: &str) -> anyhow::Result<()> {
+pub fn add_nic(context: u32, slot: u8, tap: &str) -> anyhow::Result<()> {
     // linux/virtio_net.h: CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6.
     const FEATURES: u32 = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12;
     let name = CString::new(tap)?;

@@ -1,6 +1,7 @@
 //! Boots a microVM whose init restarts it at once: the least that any runtime on libkrun has to take.
 //!
-//! In: `--mapping bundled|elf` (libkrun's own way with the guest kernel, or a3s-box's), the VM's size, perhaps `--hold`.
+//! In: `--mapping bundled|elf` (libkrun's own way with the guest kernel, or a3s-box's), the VM's size, perhaps `--hold`;
+//! for another guest `--export DIR`, its root file system, whose `/start` it runs, and `--tap NAME`, its NIC's.
 //! Out: exit status 0 when the guest has reset itself; with `--hold` the guest sleeps, to have its memory looked at.
 //! Must not: do less than a3s-box has to: both mappings have its four devices.
 
@@ -54,6 +55,8 @@ const RESTART: &[u8] =
     b"\xb8\xa9\0\0\0\xbf\xad\xde\xe1\xfe\xbe\x69\x19\x12\x28\xba\x67\x45\x23\x01\x0f\x05\xf4";
 /// `for (;;) pause()`.
 const SLEEP: &[u8] = b"\xb8\x22\0\0\0\x0f\x05\xeb\xf7";
+/// `execve("/start", NULL, NULL)`, the string behind the code.
+const START: &[u8] = b"\xb8\x3b\0\0\0\xbf\x88\0\x40\0\x31\xf6\x31\xd2\x0f\x05/start\0";
 /// The code's room as the head tells it; what is not used is zero.
 const CODE_ROOM: usize = 0x9e - 0x78;
 
@@ -61,21 +64,29 @@ struct Options {
     vm: plan::Vm,
     bundled: bool,
     hold: bool,
+    export: Option<PathBuf>,
+    taps: Vec<String>,
 }
 
 fn main() -> anyhow::Result<()> {
     let options = options()?;
     let dir = std::env::temp_dir().join(format!("a3s-box-floor-{}", std::process::id()));
-    let export = dir.join("export");
-    fs::create_dir_all(&export).with_context(|| format!("create {}", export.display()))?;
+    let export = options.export.clone().unwrap_or_else(|| dir.join("export"));
+    for dir in [&dir, &export] {
+        fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    }
     let (console, socket) = (dir.join("console"), dir.join("control"));
     let devices = krun::Devices {
         export: &export,
-        init: init(options.hold),
+        init: init(match (&options.export, options.hold) {
+            (Some(_), _) => START,
+            (None, true) => SLEEP,
+            (None, false) => RESTART,
+        }),
         console: &console,
         control_socket: &socket,
         control_port: 1,
-        taps: &[],
+        taps: &options.taps,
         tsi: false,
     };
     let error = if options.bundled {
@@ -88,7 +99,7 @@ fn main() -> anyhow::Result<()> {
 
 fn options() -> anyhow::Result<Options> {
     let vm = plan::Vm { vcpus: 1, memory_mib: 256, libkrunfw: None, kernel: None, debug: false };
-    let mut options = Options { vm, bundled: true, hold: false };
+    let mut options = Options { vm, bundled: true, hold: false, export: None, taps: Vec::new() };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {
         if name == "--hold" {
@@ -102,6 +113,8 @@ fn options() -> anyhow::Result<Options> {
             ("--mapping", "elf") => options.bundled = false,
             ("--vcpus", n) => options.vm.vcpus = n.parse().context("--vcpus")?,
             ("--memory-mib", n) => options.vm.memory_mib = n.parse().context("--memory-mib")?,
+            ("--export", path) => options.export = Some(PathBuf::from(path)),
+            ("--tap", name) => options.taps.push(name.into()),
             ("--libkrunfw", path) => options.vm.libkrunfw = Some(PathBuf::from(path)),
             _ => bail!("{name} {value}: no such option"),
         }
@@ -109,8 +122,7 @@ fn options() -> anyhow::Result<Options> {
     Ok(options)
 }
 
-fn init(hold: bool) -> &'static [u8] {
-    let code = if hold { SLEEP } else { RESTART };
+fn init(code: &[u8]) -> &'static [u8] {
     let mut bytes = INIT_HEAD.to_vec();
     bytes.extend_from_slice(code);
     bytes.resize(INIT_HEAD.len() + CODE_ROOM, 0);
@@ -138,6 +150,7 @@ fn bundled(vm: &plan::Vm, devices: &krun::Devices) -> anyhow::Result<anyhow::Err
         ]
     };
     ensure!(results.iter().all(|result| *result >= 0), "configure the VM: {results:?}");
+    (0..).zip(devices.taps).try_for_each(|(slot, tap)| krun::add_nic(context, slot, tap))?;
     Ok(anyhow::anyhow!("start the VM: {}", ::krun::krun_start_enter(context)))
 }
 
