@@ -25,7 +25,8 @@ pub fn cases() -> Vec<Case> {
     vec![sharing(At::Engines, set_up, WISHES)]
 }
 
-fn set_up(world: &'static World) -> Result<Engine> {
+/// The engine, with its image.
+pub fn set_up(world: &'static World) -> Result<Engine> {
     let dir = world.make_dir("containerd")?;
     let at = |name: &str| dir.join(name).display().to_string();
     let settings = format!(
@@ -69,7 +70,8 @@ fn import(engine: &Engine) -> Result<()> {
     engine.ok(&["images", "import", "--index-name", IMAGE, "image.tar"]).map(drop)
 }
 
-fn run(engine: &Engine, flags: &[&str], id: &str, args: &[&str]) -> Result<Output> {
+/// `ctr run` of the image in a small VM.
+pub fn run(engine: &Engine, flags: &[&str], id: &str, args: &[&str]) -> Result<Output> {
     engine.call(&making(engine, flags, id, args))
 }
 

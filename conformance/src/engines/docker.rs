@@ -30,7 +30,8 @@ pub fn cases() -> Vec<Case> {
     vec![sharing(At::Engines, set_up, &[&users::of!("docker")[..], &WISHES].concat())]
 }
 
-fn set_up(world: &'static World) -> Result<Engine> {
+/// The engine, with its image.
+pub fn set_up(world: &'static World) -> Result<Engine> {
     let dir = world.make_dir("docker")?;
     let mut settings = json!({
         "runtimes": { "box": { "path": world.runtime } },

@@ -4,11 +4,13 @@
 //! configuration. In: the engines' command lines. Out: what their users see. Must not: call the runtime but as the engine
 //! whose place the suite takes.
 
+mod cni;
 mod conmon;
 mod containerd;
 mod docker;
 mod engine;
 mod install;
+mod networks;
 mod podman;
 mod terminals;
 mod users;
@@ -17,8 +19,6 @@ use crate::cases::Case;
 
 /// Every engine's wishes.
 pub fn all() -> Vec<Case> {
-    [docker::cases(), podman::cases(), containerd::cases(), conmon::cases(), install::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    let engines = [docker::cases(), podman::cases(), containerd::cases(), conmon::cases(), install::cases()];
+    engines.into_iter().chain([networks::cases(), cni::cases()]).flatten().collect()
 }
