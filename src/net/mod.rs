@@ -122,11 +122,9 @@ fn count(path: &Path, file: &File, wanted: Option<u8>) -> Result<u8> {
             shown(path)
         );
     }
-    let inhabitant = inhabitant(file);
-    if is_of_process(path) || inhabitant.is_some() {
-        let pid = inhabitant.map_or(String::new(), |pid| format!(" {pid}"));
+    if is_of_process(path) {
         bail!(
-            "{}: taking over its traffic would cut off process{pid} that is in it (annotation {MODE}=tsi shares it)",
+            "{}: taking over its traffic would cut off the process it belongs to (annotation {MODE}=tsi shares it)",
             shown(path)
         );
     }
@@ -148,12 +146,6 @@ fn enough(found: usize, nics: u8) -> Result<()> {
 fn is_of_process(path: &Path) -> bool {
     let mut names = path.components().filter(|component| *component != Component::RootDir);
     names.next() == Some(Component::Normal("proc".as_ref()))
-}
-
-/// A process that lives in the namespace. Of those that this one does not see, nothing can be said.
-fn inhabitant(namespace: &File) -> Option<u32> {
-    let names = std::fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.file_name());
-    names.filter_map(|name| name.to_str()?.parse().ok()).find(|pid| is_network_of(namespace, *pid))
 }
 
 fn is_network_of(fd: &File, pid: u32) -> bool {

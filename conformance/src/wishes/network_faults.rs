@@ -24,7 +24,6 @@ pub fn cases() -> Vec<Case> {
         wish(At::Vm, "net/fault/a-tap-that-is-refused-is-told", no_tap),
         wish(At::Vm, "net/fault/without-the-capability-is-told", no_capability),
         wish(At::Both, "net/fault/a-namespace-that-is-none-is-told", no_namespace),
-        wish(At::Vm, "net/fault/a-namespace-with-somebody-in-it-is-refused", inhabited),
         wish(At::Vm, "net/fault/an-interface-that-goes-before-start-is-none", gone_before_start),
         wish(At::Vm, "net/fault/a-container-outlives-its-interface-and-namespace", gone_while_running),
         wish(At::Vm, "net/fault/a-killed-create-leaves-a-namespace-clean", killed_creates),
@@ -79,15 +78,6 @@ fn no_namespace(world: &'static World) -> Result<()> {
         world.run(&world.bundle(&config)?, b"")?.code(1)?.one_line(&words)?;
     }
     Ok(())
-}
-
-/// Its traffic would be cut off.
-fn inhabited(world: &'static World) -> Result<()> {
-    let netns = Netns::new(world)?;
-    let mut holder = netns.spawn("echo ready; exec sleep 1000")?;
-    holder.read_until("ready")?;
-    let words = ["linux.namespaces", "cut off process", "network-mode"];
-    world.run(&world.bundle(&on(&netns))?, b"")?.code(1)?.one_line(&words).map(drop)
 }
 
 fn gone_before_start(world: &'static World) -> Result<()> {
