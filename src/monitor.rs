@@ -259,8 +259,9 @@ fn live(plan: Plan, dir: &Path, opened: Opened, slave: Option<OwnedFd>, channel:
     if !reporter.may_go_on() {
         return 1;
     }
-    let born =
-        begin_session(slave).and_then(|()| prepare(plan, dir, opened, &reporter)).and_then(|mut stage| {
+    let born = begin_session(slave, plan.guest.idle)
+        .and_then(|()| prepare(plan, dir, opened, &reporter))
+        .and_then(|mut stage| {
             let connection = stage.create(&reporter)?;
             Ok((stage, connection))
         });
@@ -306,8 +307,15 @@ struct Stage {
     request: Request,
 }
 
-fn begin_session(slave: Option<OwnedFd>) -> Result<()> {
+fn begin_session(slave: Option<OwnedFd>, idle: bool) -> Result<()> {
     nix::unistd::setsid().context("session")?;
+    if idle {
+        // It outlives the engine's interest in whatever streams it came with.
+        let null = File::options().read(true).write(true).open("/dev/null").context("open /dev/null")?;
+        nix::unistd::dup2_stdin(&null).context("streams")?;
+        nix::unistd::dup2_stdout(&null).context("streams")?;
+        nix::unistd::dup2_stderr(&null).context("streams")?;
+    }
     slave.map_or(Ok(()), terminal::take)
 }
 

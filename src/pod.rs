@@ -50,30 +50,46 @@ pub struct Home {
     stream: UnixStream,
 }
 
-/// Finds the sandbox of a member; `None` for a container that gets a VM of its own.
-pub fn find(store: &Store, role: &Role) -> Result<Option<Sandbox>> {
+/// The sandbox whose VM a container joins; `None` for one that gets a VM of its own.
+pub fn joins(store: &Store, role: &Role) -> Result<Option<(String, Absent)>> {
     let Role::Member { sandbox: id, absent } = role else { return Ok(None) };
-    let entry = match store.open(id) {
-        Err(error) if is_not_found(&error) && *absent == Absent::Alone => return Ok(None),
-        entry => entry.with_context(|| format!("sandbox {id}"))?,
-    };
-    let record = entry.read().with_context(|| format!("sandbox {id}"))?;
-    if record.seat.is_some() {
-        bail!("sandbox {id}: it lives in another container's VM itself");
-    }
-    match (record.status(), record.monitor, record.vm) {
-        (Status::Created | Status::Running, Some(monitor), Some(vm)) => {
-            Ok(Some(Sandbox { entry, monitor, vm, record }))
-        }
-        (status, ..) => bail!("sandbox {id} is {status}: its VM cannot be joined"),
+    match store.read(id) {
+        Err(error) if is_not_found(&error) => match absent {
+            Absent::Refused => Err(error).with_context(|| format!("sandbox {id}")),
+            Absent::Alone => Ok(None),
+            Absent::Made => Ok(Some((id.clone(), *absent))),
+        },
+        _ => Ok(Some((id.clone(), *absent))),
     }
 }
 
-fn is_not_found(error: &anyhow::Error) -> bool {
+/// Whether there is no such container.
+pub fn is_not_found(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(Error::NotFound | Error::BadId(_)))
 }
 
+/// Locks a sandbox.
+pub fn lock(store: &Store, id: &str) -> Result<(Entry, Record)> {
+    let entry = store.open(id)?;
+    let record = entry.read()?;
+    Ok((entry, record))
+}
+
 impl Sandbox {
+    /// Takes a locked sandbox whose VM runs.
+    pub fn new((entry, record): (Entry, Record)) -> Result<Self> {
+        let id = &record.id;
+        if record.seat.is_some() {
+            bail!("sandbox {id}: it lives in another container's VM itself");
+        }
+        match (record.status(), record.monitor, record.vm) {
+            (Status::Created | Status::Running, Some(monitor), Some(vm)) => {
+                Ok(Sandbox { entry, monitor, vm, record })
+            }
+            (status, ..) => bail!("sandbox {id} is {status}: its VM cannot be joined"),
+        }
+    }
+
     /// Completes a member's plan with what it shares, and gives it a seat. Out: the network namespace to join as well.
     pub fn admit(&mut self, store: &Store, bundle: &Bundle, plan: &mut Plan) -> Result<(Home, Option<File>)> {
         let id = &self.record.id;
@@ -222,6 +238,7 @@ fn open_seat(path: &Path) -> Result<OwnedFd> {
 /// Takes what a member has in its VM away. Its processes on the host are gone. A guest that does not answer in time
 /// keeps what it uses until its end.
 pub fn leave(dir: &Path, record: &Record) -> Result<()> {
+    // One whose making did not come so far has a sandbox, but no VM yet.
     let (Some(seat), Some(vm)) = (&record.seat, record.vm) else { return Ok(()) };
     let Ok(vmm) = vmm::pidfd_open(vm.pid) else { return Ok(()) };
     if !vm.is_alive() {

@@ -9,9 +9,10 @@ use anyhow::{Result, bail};
 
 const CONTAINERD_TYPE: &str = "io.kubernetes.cri.container-type";
 const CONTAINERD_ID: &str = "io.kubernetes.cri.sandbox-id";
-const CRIO_TYPE: &str = "io.kubernetes.cri-o.ContainerType";
-/// podman sets it too, and no type beside it.
-const CRIO_ID: &str = "io.kubernetes.cri-o.SandboxID";
+/// CRI-O's word for what a container is to its pod.
+pub const CRIO_TYPE: &str = "io.kubernetes.cri-o.ContainerType";
+/// CRI-O's name of a container's pod. podman sets it too, and no type beside it.
+pub const CRIO_ID: &str = "io.kubernetes.cri-o.SandboxID";
 
 /// A container's place among VMs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub enum Role {
 pub enum Absent {
     /// An error: the engine has created it before.
     Refused,
+    /// The container is the first: whoever comes first has to make it.
+    Made,
     /// The pod has no container of ours that holds it, so there is nothing to join.
     Alone,
 }
@@ -43,7 +46,7 @@ pub enum Absent {
 pub fn role(annotations: &HashMap<String, String>) -> Result<Role> {
     let get = |name: &str| annotations.get(name).map(String::as_str);
     for (key, id_key, absent) in
-        [(CONTAINERD_TYPE, CONTAINERD_ID, Absent::Refused), (CRIO_TYPE, CRIO_ID, Absent::Alone)]
+        [(CONTAINERD_TYPE, CONTAINERD_ID, Absent::Refused), (CRIO_TYPE, CRIO_ID, Absent::Made)]
     {
         match (get(key), get(id_key)) {
             (None, _) => {}
@@ -78,7 +81,7 @@ mod tests {
             (&[(CONTAINERD_TYPE, "sandbox"), (CONTAINERD_ID, "s1")], Role::Sandbox),
             (&[(CONTAINERD_TYPE, "container"), (CONTAINERD_ID, "s1")], member(Absent::Refused)),
             (&[(CRIO_TYPE, "sandbox"), (CRIO_ID, "s1")], Role::Sandbox),
-            (&[(CRIO_TYPE, "container"), (CRIO_ID, "s1")], member(Absent::Alone)),
+            (&[(CRIO_TYPE, "container"), (CRIO_ID, "s1")], member(Absent::Made)),
             (&[(CRIO_ID, "s1")], member(Absent::Alone)),
             (&[(CRIO_ID, "")], Role::Alone),
         ] {

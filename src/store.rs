@@ -26,6 +26,8 @@ use crate::vmm;
 const STATE: &str = "state.json";
 const LOCK: &str = "lock";
 const PROCESS: &str = "process.json";
+/// Name of the root in a container's directory, where it has no other.
+const ROOT: &str = "root";
 /// Name of the VM's directory in a container's.
 pub const VM_DIR: &str = "vm";
 
@@ -69,6 +71,9 @@ pub struct Record {
     /// Its seat, where the VM is another container's.
     #[serde(default)]
     pub seat: Option<Seat>,
+    /// Whether it is a sandbox that no engine has asked for, which goes with the last container in its VM.
+    #[serde(default)]
+    pub made: bool,
     /// How many containers have ever joined its VM.
     #[serde(default)]
     pub joined: u16,
@@ -81,7 +86,7 @@ pub struct Record {
 pub struct Seat {
     /// That container's id.
     pub sandbox: String,
-    /// The place in the exported tree ([`crate::plan::exported`]).
+    /// The place in the exported tree ([`crate::plan::exported`]); 0 until it has one.
     pub number: u16,
 }
 
@@ -298,6 +303,11 @@ impl Store {
         Ok(self.dir(id)?)
     }
 
+    /// Where [`Entry::make_root`] makes a directory.
+    pub fn root_of(&self, id: &str) -> Result<PathBuf> {
+        Ok(self.dir(id)?.join(ROOT))
+    }
+
     /// Every record below the root, by id. Directories that are not ours, or not whole, are passed over.
     pub fn list(&self) -> Result<Vec<Record>> {
         let entries = match fs::read_dir(&self.root) {
@@ -367,6 +377,12 @@ impl Entry {
         let path = self.dir.join(VM_DIR);
         DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("make {}", path.display()))?;
         self.open_vm_dir()
+    }
+
+    /// Makes an empty directory, the root of a container that has none.
+    pub fn make_root(&self) -> Result<()> {
+        let path = self.dir.join(ROOT);
+        DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("make {}", path.display()))
     }
 
     /// The VM's directory.

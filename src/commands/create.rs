@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
-use super::Context;
+use super::{Context, delete, sandbox};
 use crate::bundle::{self, Bundle};
 use crate::cgroup::Cgroup;
 use crate::cli;
@@ -18,7 +18,8 @@ use crate::net;
 use crate::plan::{self, Hooks, Limits, Plan, Vm, cgroup::Place};
 use crate::pod::{self, Home};
 use crate::relay;
-use crate::store::{Entry, ProcessId, Record};
+use crate::sandbox::Absent;
+use crate::store::{Entry, ProcessId, Record, Seat};
 use crate::terminal::Pty;
 use crate::timeline::{self, Mark, Timeline};
 
@@ -79,6 +80,7 @@ impl Drop for Born<'_> {
         // What is left is a directory without processes: `delete --force` takes it.
         let _ = entry.remove();
         hooks::poststop(&self.record, &self.context.log);
+        let _ = delete::retire(self.context, &self.record);
     }
 }
 
@@ -97,39 +99,61 @@ pub fn birth<'a>(
     for warning in &bundle.warnings {
         if detached { context.log.aside(warning) } else { context.log.warn(warning) }
     }
-    let mut plan = plan::plan(&args.id, &bundle.spec, &bundle.machine, &bundle.rootfs, &bundle.dir)?;
+    bear(context, &args.id, &bundle, &args.engine, Attendance { signals, detached, made: false, called })
+}
+
+/// Who waits for a container's birth.
+pub struct Attendance<'a> {
+    /// One that would end the caller ends the attempt.
+    pub signals: Option<&'a SignalFd>,
+    /// Nobody stays to use its own terminal.
+    pub detached: bool,
+    /// It is a sandbox that no engine has asked for.
+    pub made: bool,
+    /// When it was asked for ([`timeline::now`]).
+    pub called: u64,
+}
+
+/// Creates a container of a bundle.
+pub fn bear<'a>(
+    context: &'a Context,
+    id: &str,
+    bundle: &Bundle,
+    engine: &'a cli::Engine,
+    Attendance { signals, detached, made, called }: Attendance,
+) -> Result<Born<'a>> {
+    let mut plan = plan::plan(id, &bundle.spec, &bundle.machine, &bundle.rootfs, &bundle.dir)?;
     let linux = bundle.spec.linux().as_ref();
     let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
-    let place = plan::cgroup::place(&args.id, path, context.cgroup_manager)?;
+    let place = plan::cgroup::place(id, path, context.cgroup_manager)?;
     plan.vm.debug = context.log.is_debug();
-    let pty = super::terminal(&mut plan.guest.process, detached, &args.engine)?;
+    let pty = super::terminal(&mut plan.guest.process, detached, engine)?;
     crate::vmm::usable()?;
     context.log.debug(&format!("planned: {} vCPUs, {} MiB", plan.vm.vcpus, plan.vm.memory_mib));
     let planned = timeline::now();
-    let mut sandbox = pod::find(&context.store, &plan.role)?;
-    let (namespace, network, home) = match &mut sandbox {
-        None => net::choose(&mut plan).map(|(namespace, network)| (namespace, network, None))?,
-        Some(sandbox) => {
-            let (home, namespace) = sandbox.admit(&context.store, &bundle, &mut plan)?;
-            (namespace, None, Some(home))
-        }
-    };
-    let entry = context.store.create(&args.id)?;
+    let joins = pod::joins(&context.store, &plan.role)?;
+    let (namespace, network) = if joins.is_none() { net::choose(&mut plan)? } else { (None, None) };
+    let entry = context.store.create(id)?;
     let timeline = Timeline::open(entry.dir());
     timeline.mark_at(Mark::Called, called);
     timeline.mark_at(Mark::Planned, planned);
-    let seat = home.as_ref().map(|home| home.seat.clone());
-    let vm = home.as_ref().map(|home| home.vm);
-    let record = Record { network, seat, vm, ..record(&args.id, &bundle, &plan.vm, plan.hooks.clone())? };
+    let seat = joins.as_ref().map(|(sandbox, _)| Seat { sandbox: sandbox.clone(), number: 0 });
+    let record = Record { network, seat, made, ..record(id, bundle, &plan.vm, plan.hooks.clone())? };
     let has_terminal = plan.guest.process.terminal.is_some();
     let mut born = Born { context, record, handle: None, pid_file: None, has_terminal, entry: Some(entry) };
+    if made {
+        born.entry.as_ref().map_or(Ok(()), Entry::make_root)?;
+    }
     if let Some(place) = &place {
         born.record.cgroup = Cgroup::plan(place)?;
     }
+    // Its sandbox is known from here on, to be taken away with it.
     born.save()?;
-    // Its seat is known to others from here on.
-    drop(sandbox);
     born.entry.as_ref().zip(bundle.spec.process().as_ref()).map_or(Ok(()), |(e, p)| e.save_process(p))?;
+    let (home, namespace) = match joins {
+        None => (None, namespace),
+        Some(sandbox) => join(&mut born, bundle, &mut plan, sandbox, signals)?,
+    };
     let (early, late) = std::mem::take(&mut plan.limits).split();
     let seat = place.as_ref().map(|place| (place, &early));
     raise((context, &timeline), &mut born, (plan, namespace, home), seat, signals, pty.as_ref())?;
@@ -138,12 +162,31 @@ pub fn birth<'a>(
     born.save()?;
     pty.map_or(Ok(()), Pty::send)?;
     let handle = born.handle.as_ref().context("the monitor")?;
-    super::introduce(&args.engine, handle.pid, handle.pidfd())?;
-    born.pid_file = args.engine.pid_file.as_deref();
+    super::introduce(engine, handle.pid, handle.pidfd())?;
+    born.pid_file = engine.pid_file.as_deref();
     handle.go_on()?;
     timeline.mark(Mark::Created);
     context.log.debug("created");
     Ok(born)
+}
+
+/// Finds a seat for a member.
+fn join(
+    born: &mut Born,
+    bundle: &Bundle,
+    plan: &mut Plan,
+    (id, absent): (String, Absent),
+    signals: Option<&SignalFd>,
+) -> Result<(Option<Home>, Option<File>)> {
+    let store = &born.context.store;
+    let mut sandbox = sandbox::find(born.context, &id, absent, (bundle, &plan.vm), signals)?;
+    let (home, namespace) = sandbox.admit(store, bundle, plan)?;
+    let record = &mut born.record;
+    (record.seat, record.vm) = (Some(home.seat.clone()), Some(home.vm));
+    (record.vcpus, record.memory_mib) = (plan.vm.vcpus, plan.vm.memory_mib);
+    // While the sandbox is locked: nobody else gets the seat.
+    born.save()?;
+    Ok((Some(home), namespace))
 }
 
 fn refuse_flags(args: &cli::Create) -> Result<()> {
@@ -165,6 +208,7 @@ fn record(id: &str, bundle: &Bundle, vm: &Vm, hooks: Hooks) -> Result<Record> {
         resources: resources(bundle)?,
         ready: false,
         seat: None,
+        made: false,
         joined: 0,
         started: false,
         cgroup: Cgroup::default(),

@@ -10,7 +10,7 @@ use crate::cli;
 use crate::hooks;
 use crate::net;
 use crate::pod;
-use crate::store::{Entry, Error, Record, Status};
+use crate::store::{Entry, Error, Record, Seat, Status};
 use crate::vmm;
 
 /// How long a killed monitor may take to be gone. The kernel frees a VM's memory before it is.
@@ -65,7 +65,22 @@ pub fn remove(context: &Context, entry: Entry, record: &Record) -> Result<()> {
     let cleaned = record.network.as_ref().map_or(Ok(()), net::clean);
     entry.remove()?;
     hooks::poststop(record, &context.log);
-    left.and(cleaned)
+    left.and(cleaned).and(retire(context, record))
+}
+
+/// Removes the sandbox that a container lived in, where no engine knows of it and nobody lives there any more.
+pub fn retire(context: &Context, record: &Record) -> Result<()> {
+    let Some(Seat { sandbox, .. }) = &record.seat else { return Ok(()) };
+    let Ok(entry) = context.store.open(sandbox) else { return Ok(()) };
+    let lives_there = |other: &Record| other.seat.as_ref().is_some_and(|seat| seat.sandbox == *sandbox);
+    match entry.read() {
+        Ok(record) if record.made && !context.store.list()?.iter().any(lives_there) => {
+            remove(context, entry, &record)
+        }
+        // Its maker died before it wrote anything.
+        Err(error) if pod::is_not_found(&error) => entry.remove(),
+        _ => Ok(()),
+    }
 }
 
 /// Ends the monitor, and its VM with it.

@@ -12,6 +12,7 @@ mod list;
 mod pause;
 mod ps;
 mod run;
+mod sandbox;
 mod spec;
 mod start;
 mod state;

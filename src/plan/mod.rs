@@ -11,6 +11,7 @@ pub mod machine;
 pub mod mounts;
 pub mod network;
 pub mod options;
+pub mod pod;
 pub mod process;
 pub mod resources;
 mod sysctl;
@@ -143,7 +144,7 @@ pub fn plan(id: &str, spec: &Spec, machine: &Machine, rootfs: &Path, bundle: &Pa
         user: None,
     };
     let network = network::plan(spec)?;
-    let vm = vm::plan(spec, machine)?;
+    let vm = vm::plan(spec, machine, &role)?;
     let limits = host::bounds(vm.memory_mib).and(resources.map_or(Ok(Limits::default()), host::limits)?);
     Ok(Plan { role, vm, tree, network, namespaces, guest, hooks, limits })
 }

@@ -8,6 +8,8 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
 use super::machine::{Kernel, Machine};
+use super::pod;
+use crate::sandbox::Role;
 
 /// vCPUs where nothing else says how many.
 pub const DEFAULT_VCPUS: u8 = 2;
@@ -66,11 +68,12 @@ impl Default for Vm {
     }
 }
 
-/// Sizes a VM for one container: annotations win over the `vm` object, that one over limits.
-pub fn plan(spec: &Spec, machine: &Machine) -> Result<Vm> {
+/// Sizes a VM for one container, or for a pod's: annotations win over the `vm` object, that one over limits.
+pub fn plan(spec: &Spec, machine: &Machine, role: &Role) -> Result<Vm> {
     let none = HashMap::new();
     let annotations = spec.annotations().as_ref().unwrap_or(&none);
-    let resources = resources(spec);
+    let of_pod = if *role == Role::Sandbox { Some(pod::limits(annotations)?) } else { None };
+    let resources = of_pod.as_ref().or_else(|| resources(spec));
     let vcpus = match annotations.get("a3s.box/vcpus") {
         Some(text) => match text.parse() {
             Ok(n @ 1..=MAX_VCPUS) => n,
@@ -183,6 +186,7 @@ pub fn fits(before: &LinuxResources, after: &LinuxResources, vcpus: u8, memory_m
 mod tests {
     use super::super::tests::spec;
     use super::*;
+    use crate::sandbox;
     use serde_json::{Value, json};
 
     fn sized(resources: Value, annotations: Value) -> Result<(u8, u32)> {
@@ -190,7 +194,8 @@ mod tests {
             v["linux"]["resources"] = resources;
             v["annotations"] = annotations;
         });
-        plan(&spec, &Machine::default()).map(|vm| (vm.vcpus, vm.memory_mib))
+        let role = sandbox::role(spec.annotations().as_ref().unwrap()).unwrap();
+        plan(&spec, &Machine::default(), &role).map(|vm| (vm.vcpus, vm.memory_mib))
     }
 
     #[test]
@@ -210,6 +215,15 @@ mod tests {
         ] {
             assert_eq!(sized(resources.clone(), json!({})).unwrap(), expected, "{resources}");
         }
+    }
+
+    #[test]
+    fn a_sandboxs_vm_has_room_for_its_pod() {
+        let pause = json!({"cpu": {"shares": 2, "quota": 800_000}});
+        let mut pod = json!({"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-memory": "536870912"});
+        assert_eq!(sized(pause.clone(), pod.clone()).unwrap(), (2, 586));
+        pod["io.kubernetes.cri.sandbox-cpu-quota"] = json!("300001");
+        assert_eq!(sized(pause, pod).unwrap(), (4, 586));
     }
 
     #[test]

@@ -32,12 +32,13 @@ pub struct Dice(u64);
 
 impl Dice {
     /// Seeded by the clock; the seed is shown where a round fails.
-    fn new() -> Self {
+    pub fn new() -> Self {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Dice(now.map_or(1, |now| now.as_nanos() as u64))
     }
 
-    fn roll(&mut self, below: u64) -> u64 {
+    /// A number below this.
+    pub fn roll(&mut self, below: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -33,6 +33,7 @@ mod own_kernel;
 mod pause;
 mod pidfd;
 mod pods;
+mod pods_without_sandbox;
 mod resources;
 mod run;
 mod seccomp;
@@ -79,6 +80,7 @@ pub fn all() -> Vec<Case> {
             kill::cases(),
             pause::cases(),
             pods::cases(),
+            pods_without_sandbox::cases(),
             death::cases(),
             identity::cases(),
             network::cases(),

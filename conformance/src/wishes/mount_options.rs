@@ -20,6 +20,11 @@ use crate::world::World;
 pub struct HostMounts(Vec<PathBuf>);
 
 impl HostMounts {
+    /// Takes away at the end what somebody else mounts there.
+    pub fn expect(&mut self, place: &Path) {
+        self.0.push(place.to_path_buf());
+    }
+
     /// Mounts once more.
     pub fn add(&mut self, args: &[&str], place: &Path) -> Result<()> {
         let mut command = Command::new("mount");

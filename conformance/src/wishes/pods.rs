@@ -125,7 +125,7 @@ fn share_kernel(pod: &mut Pod) -> Result<()> {
 }
 
 /// How many VMMs run below this process.
-fn vmms(world: &World) -> usize {
+pub fn vmms(world: &World) -> usize {
     processes(world).iter().filter(|(_, name)| name.contains("a3s-box-vmm")).count()
 }
 
