@@ -7,7 +7,7 @@ hooks/a-failing-start-container-hook-fails-start | ended with 0 | start does not
 detach/paused-stopped-and-unknown-are-refused-without-a-pid-file | | --ignore-paused is taken there, and waits for the thaw
 pause/kill-works-on-a-paused-container | container not paused | resume of a stopped container in other words
 checkpoint/and-restore-are-refused-at-once | | it can checkpoint
-list/as-json | "owner": String("") | state leaves the owner out, list does not
+list/as-json | owner | state leaves the owner out, list does not
 list/what-is-not-ours-is-passed-over | panic | a foreign state.json brings list down
 flags/every-global-one-in-every-form | flag provided but not defined | it has no --log-level and no --cgroup-manager
 flags/creates-and-runs-in-every-form | -no-subreaper | create has no --no-subreaper
