@@ -14,7 +14,8 @@ use crate::process;
 use crate::wishes::same;
 use crate::world::World;
 
-const WISHES: [Wish<Engine>; 3] = [
+const WISHES: [Wish<Engine>; 4] = [
+    ("podman/containers-of-a-pod-live-in-its-vm", pod),
     ("podman/healthcheck-run-is-an-exec", healthcheck),
     ("podman/a-container-outlives-a-killed-client", killed_client),
     ("podman/builds-and-buildah-run-by-it", builds),
@@ -54,6 +55,21 @@ fn set_up(world: &'static World) -> Result<Engine> {
     };
     engine.import()?;
     Ok(engine)
+}
+
+fn pod(engine: &mut Engine) -> Result<()> {
+    let (pod, one, two) = (engine.world.name("pod"), engine.world.name("one"), engine.world.name("two"));
+    engine.ok(&["pod", "create", "--name", &pod, "--network", "none"])?;
+    for name in [&one, &two] {
+        engine.ok(&["run", "--detach", "--pod", &pod, "--name", name, IMAGE, "sleep", "1000"])?;
+    }
+    let look = "cat /proc/sys/kernel/random/boot_id; readlink /proc/self/ns/net";
+    same(&engine.sh(&two, look)?, &engine.sh(&one, look)?)?;
+    engine.sh(&one, "echo shared > /dev/shm/word")?;
+    same(&engine.sh(&two, "cat /dev/shm/word")?, &"shared".into())?;
+    engine.remove(&one)?;
+    same(&engine.sh(&two, "echo alone")?, &"alone".into())?;
+    engine.ok(&["pod", "rm", "--force", "--time", "0", &pod]).map(drop)
 }
 
 /// Without systemd podman has nothing that runs health checks by itself.
