@@ -35,6 +35,9 @@ pub struct Global {
     /// Directory for the containers' state [default: /run/a3s-box, without root $XDG_RUNTIME_DIR/a3s-box]
     #[arg(long, value_name = "DIR")]
     pub root: Option<PathBuf>,
+    /// Configuration file, read instead of /etc/a3s-box/config.toml and /etc/a3s-box/conf.d/*.toml
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Append log records to this file
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
@@ -127,7 +130,7 @@ pub enum Command {
     Spec(Spec),
     /// Print what this runtime supports as JSON (runtime-spec features.md)
     Features(Features),
-    /// Say whether this host can run microVMs, and what to do where not
+    /// Say whether this host can run microVMs and what to do where not, and which configuration holds
     Check(Check),
     /// Print a shell's completions for this command line
     Completions(Completions),
@@ -369,14 +372,17 @@ pub struct Spec {
 #[derive(Debug, Args)]
 pub struct Features {
     /// Print instead what becomes of each field of config.json
-    #[arg(long)]
+    #[arg(long, group = "table")]
     pub matrix: bool,
-    /// Form of the matrix
-    #[arg(long, value_enum, default_value_t = MatrixFormat::Text, requires = "matrix")]
+    /// Print instead the keys of the configuration file: as a file that changes nothing, or as a table
+    #[arg(long, group = "table")]
+    pub settings: bool,
+    /// Form of the table
+    #[arg(long, value_enum, default_value_t = MatrixFormat::Text, requires = "table")]
     pub format: MatrixFormat,
 }
 
-/// Forms of the matrix.
+/// Forms of those tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum MatrixFormat {
     /// Columns

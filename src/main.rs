@@ -1,7 +1,8 @@
 //! a3s-box: an OCI runtime in which every container runs in its own libkrun microVM.
 //!
 //! # Layout
-//! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] (with [`seccomp`], [`sandbox`]) → [`store`].
+//! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] (with [`config`], [`seccomp`], [`sandbox`]) →
+//! [`store`].
 //! Intent into processes: [`monitor`] (the container's pid) → [`hooks`], [`jail`], [`userns`], [`cgroup`] → [`vmm`] →
 //! [`krun`], or [`pod`] (a VM that is there); [`proxy`] (the pid of a detached `exec`).
 //! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`].
@@ -12,6 +13,7 @@ mod bundle;
 mod cgroup;
 mod cli;
 mod commands;
+mod config;
 mod console;
 mod guest;
 mod hooks;

@@ -271,9 +271,9 @@ pub fn library() -> &'static str {
     krun::version()
 }
 
-/// The guest kernel's library and version.
-pub fn firmware() -> Result<(PathBuf, String)> {
-    krun::firmware(None).map(|firmware| (firmware.path, firmware.kernel_version))
+/// The guest kernel's library, where its path is given at that, and version.
+pub fn firmware(path: Option<&Path>) -> Result<(PathBuf, String)> {
+    krun::firmware(path).map(|firmware| (firmware.path, firmware.kernel_version))
 }
 
 /// The VMM's process: never returns.

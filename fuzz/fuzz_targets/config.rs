@@ -11,7 +11,8 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &[u8]| {
     let Ok((spec, machine, _)) = bundle::parse(text, Path::new("config.json")) else { return };
-    let planned = plan::plan("id", &spec, &machine, Path::new("/bundle/rootfs"), Path::new("/bundle"));
+    let host = plan::Settings::default();
+    let planned = plan::plan("id", &spec, &machine, &host, Path::new("/bundle/rootfs"), Path::new("/bundle"));
     let Ok(plan) = planned else { return };
     assert!((1..=plan::vm::MAX_VCPUS).contains(&plan.vm.vcpus));
     assert!(plan.vm.memory_mib >= plan::vm::MIN_MEMORY_MIB);

@@ -70,6 +70,7 @@ mod tests {
     fn engines_lines_parse() {
         for line in [
             "a3s-box --root /r --log /l --log-format json --systemd-cgroup create --bundle /b --pid-file /p --console-socket /s --no-pivot --no-new-keyring id",
+            "a3s-box --config /etc/c.toml check --format json",
             "a3s-box --root=/r --debug run --bundle /b --keep id",
             "a3s-box --rootless=auto --cgroup-manager disabled start id",
             "a3s-box --rootless state id",

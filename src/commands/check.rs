@@ -11,10 +11,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::list;
 use crate::cgroup::{self, Version};
 use crate::cli::{self, Format};
+use crate::config::{self, Config};
 use crate::console::Console;
 use crate::guest::{Connection, SOCKET};
 use crate::jail;
@@ -37,18 +39,20 @@ struct Finding {
 }
 
 /// The verb.
-pub fn check(args: &cli::Check) -> Result<i32> {
-    let mut findings = vec![kvm(), firmware()];
+pub fn check(context: &super::Context, args: &cli::Check) -> Result<i32> {
+    let config = config::load(context.config.as_deref())?;
+    let libkrunfw = config.settings().libkrunfw;
+    let mut findings = vec![kvm(), firmware(libkrunfw.as_deref())];
     let hopeful = findings.iter().all(|finding| finding.ok);
-    findings.push(boots(hopeful, Duration::from_secs(args.timeout)));
+    findings.push(boots(hopeful, Duration::from_secs(args.timeout), libkrunfw));
     findings.extend([tap(), cgroups(), landlock(), user_namespaces(), memory()]);
     let able = findings.iter().all(|finding| finding.ok || !finding.needed);
     let text = match args.format {
         Format::Json => {
-            let document = serde_json::json!({ "able": able, "findings": findings });
+            let document = serde_json::json!({ "able": able, "findings": findings, "configuration": config.effective() });
             format!("{}\n", serde_json::to_string_pretty(&document).context("encode findings")?)
         }
-        Format::Table => table(&findings, able),
+        Format::Table => format!("{}\n{}", table(&findings, able), settings(&config)),
     };
     super::write_out(&text)?;
     Ok(i32::from(!able))
@@ -74,6 +78,20 @@ fn table(findings: &[Finding], able: bool) -> String {
     text
 }
 
+/// What holds for containers that ask for nothing else.
+fn settings(config: &Config) -> String {
+    let mut rows = vec![["SETTING", "VALUE", "FROM"].map(String::from)];
+    rows.extend(config.effective().into_iter().map(|effective| {
+        let value = match &effective.value {
+            Value::String(text) => text.clone(),
+            Value::Array(items) => items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", "),
+            value => value.to_string(),
+        };
+        [effective.name.to_string(), value, effective.from.clone()]
+    }));
+    list::columns(&rows)
+}
+
 fn finding(name: &'static str, needed: bool, result: Result<String>, advice: &str) -> Finding {
     match result {
         Ok(found) => Finding { name, ok: true, needed, found, advice: String::new() },
@@ -91,25 +109,25 @@ fn kvm() -> Finding {
     finding("/dev/kvm", true, result, advice)
 }
 
-fn firmware() -> Finding {
-    let result = vmm::firmware().map(|(path, version)| format!("{}: Linux {version}", path.display()));
+fn firmware(path: Option<&Path>) -> Finding {
+    let result = vmm::firmware(path).map(|(path, version)| format!("{}: Linux {version}", path.display()));
     let advice =
         "install libkrunfw: package libkrunfw5 (Debian forky and newer), libkrunfw (Fedora, Arch, openSUSE)";
     finding("guest kernel", true, result, advice)
 }
 
-fn boots(hopeful: bool, wait: Duration) -> Finding {
-    let result = if hopeful { probe(wait) } else { Err(anyhow!("not tried: see above")) };
+fn boots(hopeful: bool, wait: Duration, libkrunfw: Option<PathBuf>) -> Finding {
+    let result = if hopeful { probe(wait, libkrunfw) } else { Err(anyhow!("not tried: see above")) };
     let advice = "the guest kernel does not come up on this host's KVM: it may be nested without hardware support, or emulated; try bare metal, or a host with nested virtualization";
     finding("probe VM", true, result, advice)
 }
 
 /// Boots the guest kernel to guest-init's greeting over vsock, and ends it.
-fn probe(wait: Duration) -> Result<String> {
+fn probe(wait: Duration, libkrunfw: Option<PathBuf>) -> Result<String> {
     let dir = ProbeDir::make()?;
     let begin = Instant::now();
     let mut console = Console::create(&dir.0, None)?;
-    let size = Vm { vcpus: 1, memory_mib: vm::MIN_MEMORY_MIB, ..Vm::default() };
+    let size = Vm { vcpus: 1, memory_mib: vm::MIN_MEMORY_MIB, libkrunfw, ..Vm::default() };
     let mut vmm = vmm::spawn(&size, &dir.0, &dir.0, None)?;
     let greeted = vmm.boot(&[]).and_then(|()| greet(&mut console, &vmm, &dir.0, begin + wait));
     vmm::kill(vmm.pidfd());

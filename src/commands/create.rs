@@ -12,6 +12,7 @@ use super::{Context, delete, sandbox};
 use crate::bundle::{self, Bundle};
 use crate::cgroup::Cgroup;
 use crate::cli;
+use crate::config;
 use crate::hooks;
 use crate::monitor::{self, Handle, Report};
 use crate::net;
@@ -122,7 +123,8 @@ pub fn bear<'a>(
     engine: &'a cli::Engine,
     Attendance { signals, detached, made, called }: Attendance,
 ) -> Result<Born<'a>> {
-    let mut plan = plan::plan(id, &bundle.spec, &bundle.machine, &bundle.rootfs, &bundle.dir)?;
+    let host = config::load(context.config.as_deref())?.settings();
+    let mut plan = plan::plan(id, &bundle.spec, &bundle.machine, &host, &bundle.rootfs, &bundle.dir)?;
     let linux = bundle.spec.linux().as_ref();
     let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
     let place = plan::cgroup::place(id, path, context.cgroup_manager)?;

@@ -1,21 +1,24 @@
-//! `features`: what holds for a container in the guest (runtime-spec features.md), and the table of every field.
+//! `features`: what holds for a container in the guest (runtime-spec features.md), and the tables of every field and setting.
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::cli::{self, MatrixFormat};
+use crate::plan::settings;
 use crate::seccomp;
-use crate::support::{honoured, is_honoured};
+use crate::support::{self, honoured, is_honoured};
 
 /// Newest runtime-spec version that is understood.
 pub const SPEC_VERSION: &str = "1.3.0";
 
 /// The verb.
 pub fn features(args: &cli::Features) -> Result<i32> {
-    let text = match (args.matrix, args.format) {
-        (true, MatrixFormat::Text) => crate::support::text(),
-        (true, MatrixFormat::Markdown) => crate::support::markdown(),
-        (false, _) => document()?,
+    let text = match (args.matrix, args.settings, args.format) {
+        (true, _, MatrixFormat::Text) => support::text(),
+        (true, _, MatrixFormat::Markdown) => support::markdown(),
+        (_, true, MatrixFormat::Text) => settings::text(),
+        (_, true, MatrixFormat::Markdown) => settings::markdown(),
+        (false, false, _) => document()?,
     };
     super::write_out(&text)?;
     Ok(0)

@@ -21,12 +21,13 @@ mod update;
 
 use std::io::Write;
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use a3s_box_proto::Process;
 use anyhow::{Context as _, Result, bail};
 
 use crate::cli::{self, CgroupManager, Cli, Command, Global};
+use crate::config;
 use crate::log::{Log, sentence};
 use crate::store::Store;
 use crate::terminal::{self, Pty};
@@ -37,6 +38,8 @@ pub struct Context {
     store: Store,
     log: Log,
     cgroup_manager: CgroupManager,
+    /// The configuration file, where the caller names one.
+    config: Option<PathBuf>,
 }
 
 /// Runs one command and returns its exit status: 0, 1, for `exec` 255, for foreground processes their own.
@@ -50,10 +53,11 @@ pub fn run(cli: Cli) -> u8 {
         }
     };
     if cli.global.version {
-        return u8::from(write_out(&version()).is_err());
+        return u8::from(write_out(&version(cli.global.config.as_deref())).is_err());
     }
-    let context =
-        Context { store: Store::new(root(&cli.global)), log, cgroup_manager: cgroup_manager(&cli.global) };
+    let store = Store::new(root(&cli.global));
+    let (cgroup_manager, config) = (cgroup_manager(&cli.global), cli.global.config);
+    let context = Context { store, log, cgroup_manager, config };
     let Some(command) = cli.command else {
         context.log.error("there is no verb (see --help)");
         return failure;
@@ -85,7 +89,7 @@ fn dispatch(context: &Context, command: Command) -> Result<i32> {
         Command::Timeline(args) => timeline::timeline(context, &args),
         Command::Spec(args) => spec::spec(&args),
         Command::Features(args) => features::features(&args),
-        Command::Check(args) => check::check(&args),
+        Command::Check(args) => check::check(context, &args),
         Command::Completions(args) => completions::completions(&args),
         Command::Checkpoint(_) => bail!("checkpoint is not supported: a microVM cannot be checkpointed"),
         Command::Restore(_) => bail!("restore is not supported: a microVM cannot be restored"),
@@ -142,9 +146,11 @@ fn introduce(engine: &cli::Engine, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()
     }
 }
 
-/// Version, commit, spec and libraries, in runc's form.
-pub fn version() -> String {
-    let firmware = vmm::firmware().map(|(path, kernel)| format!("{} (Linux {kernel})", path.display()));
+/// Version, commit, spec and libraries, in runc's form; of a configuration that cannot be read nothing is told.
+pub fn version(file: Option<&Path>) -> String {
+    let configured = config::load(file).ok().and_then(|config| config.settings().libkrunfw);
+    let firmware = vmm::firmware(configured.as_deref())
+        .map(|(path, kernel)| format!("{} (Linux {kernel})", path.display()));
     format!(
         "a3s-box version {}\ncommit: {}\nspec: {}\nlibkrun: {}\nlibkrunfw: {}\n",
         env!("CARGO_PKG_VERSION"),

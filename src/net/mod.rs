@@ -26,7 +26,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use serde::{Deserialize, Serialize};
 
-use crate::plan::network::{DEFAULT_NICS, MODE, Mode, NICS};
+use crate::plan::network::{MODE, Mode, NICS, Wish};
 use crate::plan::{Namespace, Plan, vm::Network};
 use crate::store::ProcessId;
 use crate::userns::Root;
@@ -72,21 +72,22 @@ pub fn choose(plan: &mut Plan) -> Result<(Option<File>, Option<Site>)> {
         }
     }
     let mode = match (plan.network.mode, &plan.namespaces.network) {
-        (Some(Mode::Tap), Namespace::Inherit) => {
+        (Mode::Tap, Namespace::Inherit) => {
             bail!(
-                "annotation {MODE}: \"tap\" needs a network namespace of the container's own, not the host's"
+                "network-mode \"tap\" (annotation {MODE}, or this host's configuration) needs a network namespace of the container's own, not the host's"
             )
         }
-        (None, Namespace::Inherit) => Mode::Tsi,
-        (mode, _) => mode.unwrap_or(Mode::Tap),
+        (Mode::Auto, Namespace::Inherit) => Mode::Tsi,
+        (Mode::Auto, _) => Mode::Tap,
+        (mode, _) => mode,
     };
     let mut found = None;
     plan.vm.network = match mode {
         Mode::None => Network::None,
         Mode::Tsi => Network::Tsi,
         // The stand-in for tests has no NICs.
-        Mode::Tap if MOST_NICS == 0 => Network::None,
-        Mode::Tap => match found.insert(site(joined.as_ref(), plan.network.nics)?).nics {
+        Mode::Auto | Mode::Tap if MOST_NICS == 0 => Network::None,
+        Mode::Auto | Mode::Tap => match found.insert(site(joined.as_ref(), plan.network)?).nics {
             0 => Network::None,
             nics => Network::Tap(nics),
         },
@@ -94,12 +95,12 @@ pub fn choose(plan: &mut Plan) -> Result<(Option<File>, Option<Site>)> {
     Ok((joined.map(|(_, file)| file), found))
 }
 
-fn site(joined: Option<&(PathBuf, File)>, wanted: Option<u8>) -> Result<Site> {
+fn site(joined: Option<&(PathBuf, File)>, wish: Wish) -> Result<Site> {
     let Some((path, file)) = joined else {
-        let nics = wanted.unwrap_or(if tap::possible() { DEFAULT_NICS } else { 0 });
+        let nics = wish.nics.unwrap_or(if tap::possible() { wish.spare } else { 0 });
         return Ok(Site { lasting: None, nics, connected: Vec::new() });
     };
-    let nics = count(path, file, wanted)?;
+    let nics = count(path, file, wish.nics)?;
     let stat = file.metadata().with_context(|| shown(path))?;
     let read = || std::fs::read_to_string(PORTS).context(PORTS);
     let ports = netlink::inside(file.as_fd(), read).with_context(|| shown(path))?;

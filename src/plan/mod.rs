@@ -14,6 +14,7 @@ pub mod options;
 pub mod pod;
 pub mod process;
 pub mod resources;
+pub mod settings;
 mod sysctl;
 pub mod vm;
 
@@ -28,6 +29,7 @@ pub use hooks::Hooks;
 pub use host::Limits;
 pub use machine::Machine;
 pub use mounts::{Bind, Tree};
+pub use settings::Settings;
 pub use vm::Vm;
 
 use crate::sandbox::{self, Role};
@@ -106,8 +108,15 @@ pub struct IdMap {
     pub count: u32,
 }
 
-/// Plans a container. `rootfs` is the absolute path of its root file system on the host.
-pub fn plan(id: &str, spec: &Spec, machine: &Machine, rootfs: &Path, bundle: &Path) -> Result<Plan> {
+/// Plans a container on a host with these settings. `rootfs` is the absolute path of its root file system there.
+pub fn plan(
+    id: &str,
+    spec: &Spec,
+    machine: &Machine,
+    host: &Settings,
+    rootfs: &Path,
+    bundle: &Path,
+) -> Result<Plan> {
     let annotations = spec.annotations().clone().unwrap_or_default();
     let role = sandbox::role(&annotations)?;
     let namespaces = namespaces(spec, &role)?;
@@ -143,8 +152,9 @@ pub fn plan(id: &str, spec: &Spec, machine: &Machine, rootfs: &Path, bundle: &Pa
         state: hooks::state(spec.version(), id, bundle, &annotations),
         user: None,
     };
-    let network = network::plan(spec)?;
-    let vm = vm::plan(spec, machine, &role)?;
+    let asked = host.annotated(&annotations)?;
+    let network = network::plan(&asked, host);
+    let vm = vm::plan(spec, machine, &role, &asked, host)?;
     let limits = host::bounds(vm.memory_mib).and(resources.map_or(Ok(Limits::default()), host::limits)?);
     Ok(Plan { role, vm, tree, network, namespaces, guest, hooks, limits })
 }
@@ -293,7 +303,8 @@ mod tests {
     }
 
     fn planned(change: impl FnOnce(&mut Value)) -> Result<Plan> {
-        plan("c1", &spec(change), &Machine::default(), Path::new("/b/rootfs"), Path::new("/b"))
+        let (machine, host) = (Machine::default(), Settings::default());
+        plan("c1", &spec(change), &machine, &host, Path::new("/b/rootfs"), Path::new("/b"))
     }
 
     #[test]
@@ -366,7 +377,8 @@ mod tests {
             let path = entry.unwrap().path();
             let text = std::fs::read(&path).unwrap();
             let plan = crate::bundle::parse(&text, &path).and_then(|(spec, machine, _)| {
-                plan("c1", &spec, &machine, Path::new("/b/rootfs"), Path::new("/b"))
+                let host = Settings::default();
+                plan("c1", &spec, &machine, &host, Path::new("/b/rootfs"), Path::new("/b"))
             });
             match plan {
                 Ok(_) => planned += 1,

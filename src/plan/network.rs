@@ -1,7 +1,6 @@
-//! What the annotations ask of the network.
+//! What annotations and configuration ask of the network.
 
-use anyhow::{Result, bail};
-use oci_spec::runtime::Spec;
+use super::settings::Settings;
 
 /// The annotation about how the VM is connected.
 pub const MODE: &str = "a3s.box/network-mode";
@@ -13,8 +12,11 @@ pub const DEFAULT_NICS: u8 = 2;
 pub const MOST_NICS: u8 = 6;
 
 /// How a VM is connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
+    /// As its network namespace suggests: by TSI in the host's, else by taps.
+    #[default]
+    Auto,
     /// A NIC for each interface of its network namespace.
     Tap,
     /// The guest's IP sockets are made on the host, in its network namespace (libkrun's TSI).
@@ -23,51 +25,56 @@ pub enum Mode {
     None,
 }
 
-/// What is asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Wish {
-    /// How to connect; the namespace decides where it is not said.
-    pub mode: Option<Mode>,
-    /// How many NICs.
-    pub nics: Option<u8>,
+impl Mode {
+    const ALL: [Mode; 4] = [Mode::Auto, Mode::Tap, Mode::Tsi, Mode::None];
+
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Mode::Auto => "auto",
+            Mode::Tap => "tap",
+            Mode::Tsi => "tsi",
+            Mode::None => "none",
+        }
+    }
+
+    /// The mode with this word.
+    pub fn of(word: &str) -> Option<Self> {
+        Mode::ALL.into_iter().find(|mode| mode.word() == word)
+    }
 }
 
-/// Reads the annotations.
-pub fn plan(spec: &Spec) -> Result<Wish> {
-    let annotation = |name: &str| spec.annotations().as_ref().and_then(|all| all.get(name));
-    let mode = match annotation(MODE).map(String::as_str) {
-        None => None,
-        Some("tap") => Some(Mode::Tap),
-        Some("tsi") => Some(Mode::Tsi),
-        Some("none") => Some(Mode::None),
-        Some(text) => bail!("annotation {MODE}: {text:?} is none of tap, tsi, none"),
-    };
-    let nics = match annotation(NICS).map(|text| (text, text.parse())) {
-        None => None,
-        Some((_, Ok(nics @ 0..=MOST_NICS))) => Some(nics),
-        Some((text, _)) => bail!("annotation {NICS}: {text:?} is not a number from 0 to {MOST_NICS}"),
-    };
-    Ok(Wish { mode, nics })
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// How to connect.
+    pub mode: Mode,
+    /// How many NICs, where the container says.
+    pub nics: Option<u8>,
+    /// How many, where nothing tells.
+    pub spare: u8,
+}
+
+/// Annotations win over the host's configuration.
+pub fn plan(asked: &Settings, host: &Settings) -> Wish {
+    Wish {
+        mode: asked.network_mode.or(host.network_mode).unwrap_or_default(),
+        nics: asked.nics,
+        spare: host.nics.unwrap_or(DEFAULT_NICS),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::spec;
     use super::*;
-    use serde_json::json;
-
-    fn planned(name: &str, value: &str) -> Result<Wish> {
-        plan(&spec(|v| v["annotations"] = json!({name: value})))
-    }
 
     #[test]
-    fn annotations_choose_mode_and_nics() {
-        assert_eq!(plan(&spec(|_| ())).unwrap(), Wish::default());
-        assert_eq!(planned(MODE, "tsi").unwrap().mode, Some(Mode::Tsi));
-        assert_eq!(planned(NICS, "6").unwrap().nics, Some(6));
-        for (name, value) in [(MODE, "bridge"), (MODE, ""), (NICS, "7"), (NICS, "-1"), (NICS, "many")] {
-            let text = planned(name, value).unwrap_err().to_string();
-            assert!(text.starts_with(&format!("annotation {name}: {value:?}")), "{text}");
-        }
+    fn the_container_wins_over_the_host() {
+        let asked = Settings { network_mode: Some(Mode::None), nics: Some(0), ..Settings::default() };
+        let host = Settings { network_mode: Some(Mode::Tap), nics: Some(4), ..Settings::default() };
+        let none = Settings::default();
+        assert_eq!(plan(&asked, &host), Wish { mode: Mode::None, nics: Some(0), spare: 4 });
+        assert_eq!(plan(&none, &host), Wish { mode: Mode::Tap, nics: None, spare: 4 });
+        assert_eq!(plan(&none, &none), Wish { mode: Mode::Auto, nics: None, spare: DEFAULT_NICS });
     }
 }

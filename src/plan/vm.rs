@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::machine::{Kernel, Machine};
 use super::pod;
+use super::settings::Settings;
 use crate::sandbox::Role;
 
 /// vCPUs where nothing else says how many.
@@ -68,46 +69,42 @@ impl Default for Vm {
     }
 }
 
-/// Sizes a VM for one container, or for a pod's: annotations win over the `vm` object, that one over limits.
-pub fn plan(spec: &Spec, machine: &Machine, role: &Role) -> Result<Vm> {
+/// Sizes a VM for one container, or for a pod's: what is asked for by annotations wins over the `vm` object, that one over
+/// limits, and those over the host's defaults.
+pub fn plan(spec: &Spec, machine: &Machine, role: &Role, asked: &Settings, host: &Settings) -> Result<Vm> {
     let none = HashMap::new();
     let annotations = spec.annotations().as_ref().unwrap_or(&none);
     let of_pod = if *role == Role::Sandbox { Some(pod::limits(annotations)?) } else { None };
     let resources = of_pod.as_ref().or_else(|| resources(spec));
-    let vcpus = match annotations.get("a3s.box/vcpus") {
-        Some(text) => match text.parse() {
-            Ok(n @ 1..=MAX_VCPUS) => n,
-            _ => bail!("annotation a3s.box/vcpus: {text:?} is not a number from 1 to {MAX_VCPUS}"),
-        },
-        None => machine.vcpus()?.map_or_else(|| vcpus(resources), Ok)?,
+    let vcpus = match (asked.vcpus, machine.vcpus()?) {
+        (Some(vcpus), _) | (None, Some(vcpus)) => vcpus,
+        (None, None) => vcpus(resources)?.or(host.vcpus).unwrap_or(DEFAULT_VCPUS),
     };
-    let memory_mib = match annotations.get("a3s.box/memory-mib") {
-        Some(text) => match text.parse() {
-            Ok(n) if n >= MIN_MEMORY_MIB => n,
-            _ => bail!(
-                "annotation a3s.box/memory-mib: {text:?} is not a number of MiB from {MIN_MEMORY_MIB} (the least that boots)"
-            ),
-        },
-        None => machine.memory_mib()?.map_or_else(|| memory_mib(resources), Ok)?,
+    let memory_mib = match (asked.memory_mib, machine.memory_mib()?) {
+        (Some(mib), _) | (None, Some(mib)) => mib,
+        (None, None) => memory_mib(resources)?.or(host.memory_mib).unwrap_or(DEFAULT_MEMORY_MIB),
     };
-    Ok(Vm { vcpus, memory_mib, kernel: machine.kernel().cloned(), ..Vm::default() })
+    let libkrunfw = asked.libkrunfw.as_ref().or(host.libkrunfw.as_ref()).cloned();
+    Ok(Vm { vcpus, memory_mib, libkrunfw, kernel: machine.kernel().cloned(), ..Vm::default() })
 }
 
 fn resources(spec: &Spec) -> Option<&LinuxResources> {
     spec.linux().as_ref()?.resources().as_ref()
 }
 
-fn vcpus(resources: Option<&LinuxResources>) -> Result<u8> {
+/// What limits say; `None` where there are none.
+fn vcpus(resources: Option<&LinuxResources>) -> Result<Option<u8>> {
+    let clamped = |vcpus: u64| Some(vcpus.clamp(1, MAX_VCPUS.into()) as u8);
     if let Some(vcpus) = unified(resources, "cpu.max").and_then(vcpus_of_cpu_max) {
-        return Ok(vcpus.clamp(1, MAX_VCPUS.into()) as u8);
+        return Ok(clamped(vcpus));
     }
-    let Some(cpu) = resources.and_then(|r| r.cpu().as_ref()) else { return Ok(DEFAULT_VCPUS) };
+    let Some(cpu) = resources.and_then(|r| r.cpu().as_ref()) else { return Ok(None) };
     let wanted = match (cpu.quota(), cpu.period(), cpu.cpus()) {
         (Some(quota), period, _) if quota > 0 => (quota as u64).div_ceil(period.unwrap_or(100_000).max(1)),
         (_, _, Some(cpus)) if !cpus.trim().is_empty() => cpuset_size(cpus)?,
-        _ => return Ok(DEFAULT_VCPUS),
+        _ => return Ok(None),
     };
-    Ok(wanted.clamp(1, MAX_VCPUS.into()) as u8)
+    Ok(clamped(wanted))
 }
 
 /// `QUOTA PERIOD`, as cgroup v2 writes it.
@@ -146,12 +143,12 @@ fn memory_limit(resources: Option<&LinuxResources>) -> Result<Option<i64>> {
     }
 }
 
-fn memory_mib(resources: Option<&LinuxResources>) -> Result<u32> {
-    let Some(limit) = memory_limit(resources)? else { return Ok(DEFAULT_MEMORY_MIB) };
+fn memory_mib(resources: Option<&LinuxResources>) -> Result<Option<u32>> {
+    let Some(limit) = memory_limit(resources)? else { return Ok(None) };
     let limit_mib = (limit as u64).div_ceil(MIB as u64);
     let mib = limit_mib + limit_mib / PAGE_STRUCTURES + u64::from(GUEST_OVERHEAD_MIB);
     match u32::try_from(mib) {
-        Ok(mib) => Ok(mib.max(MIN_MEMORY_MIB)),
+        Ok(mib) => Ok(Some(mib.max(MIN_MEMORY_MIB))),
         Err(_) => bail!("linux.resources.memory.limit: {limit} bytes are more than a VM can have"),
     }
 }
@@ -160,7 +157,7 @@ fn memory_mib(resources: Option<&LinuxResources>) -> Result<u32> {
 pub fn fits(before: &LinuxResources, after: &LinuxResources, vcpus: u8, memory_mib: u32) -> Result<()> {
     let (held, limit) = (memory_limit(Some(before))?, memory_limit(Some(after))?);
     if let Some(bytes) = limit.filter(|_| limit != held)
-        && self::memory_mib(Some(after))? > memory_mib
+        && self::memory_mib(Some(after))? > Some(memory_mib)
     {
         let room = u64::from(memory_mib.saturating_sub(GUEST_OVERHEAD_MIB)) * PAGE_STRUCTURES
             / (PAGE_STRUCTURES + 1);
@@ -173,7 +170,7 @@ pub fn fits(before: &LinuxResources, after: &LinuxResources, vcpus: u8, memory_m
     let quota = after.cpu().as_ref().and_then(|cpu| cpu.quota()).filter(|quota| *quota > 0);
     if let Some(quota) = quota
         && wanted != held
-        && wanted > vcpus
+        && let Some(wanted) = wanted.filter(|wanted| *wanted > vcpus)
     {
         bail!(
             "linux.resources.cpu.quota {quota}: the container's VM was created with {vcpus} vCPUs, which cannot grow: this takes {wanted}"
@@ -194,8 +191,11 @@ mod tests {
             v["linux"]["resources"] = resources;
             v["annotations"] = annotations;
         });
-        let role = sandbox::role(spec.annotations().as_ref().unwrap()).unwrap();
-        plan(&spec, &Machine::default(), &role).map(|vm| (vm.vcpus, vm.memory_mib))
+        let annotations = spec.annotations().clone().unwrap_or_default();
+        let role = sandbox::role(&annotations).unwrap();
+        let host = Settings::default();
+        let asked = host.annotated(&annotations)?;
+        plan(&spec, &Machine::default(), &role, &asked, &host).map(|vm| (vm.vcpus, vm.memory_mib))
     }
 
     #[test]
@@ -227,6 +227,31 @@ mod tests {
     }
 
     #[test]
+    fn what_nothing_says_is_the_hosts() {
+        let host = Settings {
+            vcpus: Some(5),
+            memory_mib: Some(777),
+            libkrunfw: Some("/host.so".into()),
+            ..Settings::default()
+        };
+        let sized = |config: Value, asked: &Settings| {
+            let machine = Machine::read(Some(config["vm"].clone())).unwrap();
+            let vm =
+                plan(&spec(|v| v["linux"] = config["linux"].clone()), &machine, &Role::Alone, asked, &host)
+                    .unwrap();
+            (vm.vcpus, vm.memory_mib, vm.libkrunfw.unwrap())
+        };
+        let none = Settings::default();
+        assert_eq!(sized(json!({}), &none), (5, 777, "/host.so".into()));
+        let limits = json!({"resources": {"cpu": {"quota": 300_000}, "memory": {"limit": 536_870_912}}});
+        assert_eq!(sized(json!({"linux": limits}), &none), (3, 586, "/host.so".into()));
+        let vm = json!({"linux": limits, "vm": {"hwConfig": {"vcpus": 1, "memory": 134_217_728}}});
+        assert_eq!(sized(vm.clone(), &none), (1, 128, "/host.so".into()));
+        let asked = Settings { memory_mib: Some(99), libkrunfw: Some("/own.so".into()), ..none };
+        assert_eq!(sized(vm, &asked), (1, 99, "/own.so".into()));
+    }
+
+    #[test]
     fn annotations_win() {
         let limits = json!({"memory": {"limit": 1 << 30}, "cpu": {"quota": 800_000}});
         let wanted = json!({"a3s.box/vcpus": "1", "a3s.box/memory-mib": "256"});
@@ -236,9 +261,6 @@ mod tests {
     #[test]
     fn senseless_sizes_name_field_and_value() {
         for (resources, annotations, words) in [
-            (json!({}), json!({"a3s.box/vcpus": "0"}), "a3s.box/vcpus: \"0\""),
-            (json!({}), json!({"a3s.box/vcpus": "many"}), "a3s.box/vcpus: \"many\""),
-            (json!({}), json!({"a3s.box/memory-mib": "16"}), "a3s.box/memory-mib: \"16\""),
             (json!({"cpu": {"cpus": "3-1"}}), json!({}), "cpu.cpus: \"3-1\""),
             (json!({"memory": {"limit": -5}}), json!({}), "memory.limit: -5"),
             (json!({"memory": {"limit": i64::MAX}}), json!({}), "more than a VM"),

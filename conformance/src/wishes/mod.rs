@@ -37,6 +37,7 @@ mod pods_without_sandbox;
 mod resources;
 mod run;
 mod seccomp;
+mod settings;
 mod states;
 mod streams;
 mod systemd;
@@ -87,6 +88,7 @@ pub fn all() -> Vec<Case> {
             network_faults::cases(),
             resources::cases(),
             seccomp::cases(),
+            settings::cases(),
             systemd::cases(),
             fields::cases(),
             own_kernel::cases(),
