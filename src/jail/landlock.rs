@@ -3,7 +3,7 @@
 //! In: a process that sits in its jail. Out: one that can open nothing else, whatever descriptor it starts from. Must
 //! not: tell what lies below the exported tree apart; mounts that come there later are covered as well.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use a3s_box_mount::{errno_words, open_path};
@@ -43,12 +43,18 @@ pub fn confine(devices: &[&str], files: &[impl AsFd]) -> Result<()> {
             let access = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
             ruleset = allow(ruleset, device, access)?;
         }
-        for file in files {
+        for file in files.iter().filter(|file| !is_memory(file.as_fd())) {
             ruleset = ruleset.add_rule(PathBeneath::new(file, AccessFs::ReadFile))?;
         }
         Ok(ruleset)
     };
     rules().and_then(|ruleset| Ok(ruleset.restrict_self()?)).map(drop).context("Landlock")
+}
+
+/// A file that lies on no mount, which Landlock has no rules for and does not bar.
+fn is_memory(file: BorrowedFd<'_>) -> bool {
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    path.is_ok_and(|path| path.as_os_str().as_encoded_bytes().starts_with(b"/memfd:"))
 }
 
 fn allow(ruleset: RulesetCreated, path: &str, access: BitFlags<AccessFs>) -> Result<RulesetCreated> {
