@@ -4,7 +4,7 @@
 //! Words into intent: [`cli`] → [`bundle`] (with [`support`]) → [`plan`] (with [`config`], [`seccomp`], [`sandbox`]) →
 //! [`store`].
 //! Intent into processes: [`monitor`] (the container's pid) → [`hooks`], [`jail`], [`userns`], [`cgroup`] → [`vmm`] →
-//! [`krun`], or [`pod`] (a VM that is there); [`proxy`] (the pid of a detached `exec`).
+//! [`krun`], or [`pod`] (a VM that is there); [`oom`] beside the monitor; [`proxy`] (the pid of a detached `exec`).
 //! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`].
 //! [`commands`] strings them together, one file a verb. [`log`] is the one voice, [`timeline`] remembers a start, [`patience`]
 //! bounds what may hang.
@@ -25,6 +25,7 @@ mod local;
 mod log;
 mod monitor;
 mod net;
+mod oom;
 mod patience;
 mod plan;
 mod pod;

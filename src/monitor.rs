@@ -34,6 +34,7 @@ use crate::hooks;
 use crate::jail::{self, tree};
 use crate::log::sentence;
 use crate::net;
+use crate::oom::{self, Teller};
 use crate::plan::{Namespace, Plan};
 use crate::pod::Home;
 use crate::relay::{self, Post, Vm, VmDied};
@@ -222,8 +223,8 @@ impl Handle {
 }
 
 /// The pid behind a pidfd, as this process's procfs numbers it.
-pub fn pid_of(pidfd: &OwnedFd) -> Option<i32> {
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+pub fn pid_of(pidfd: impl AsFd) -> Option<i32> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_fd().as_raw_fd())).ok()?;
     info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()
 }
 
@@ -255,16 +256,16 @@ impl Reporter {
 /// The monitor's life. Returns its exit status.
 fn live(plan: Plan, dir: &Path, opened: Opened, slave: Option<OwnedFd>, channel: OwnedFd) -> i32 {
     let reporter = Reporter(channel);
+    let outside = oom::cgroups();
     // Not a process is started, nor memory taken, before this one is in its cgroup.
     if !reporter.may_go_on() {
         return 1;
     }
-    let born = begin_session(slave, plan.guest.idle)
-        .and_then(|()| prepare(plan, dir, opened, &reporter))
-        .and_then(|mut stage| {
-            let connection = stage.create(&reporter)?;
-            Ok((stage, connection))
-        });
+    let born = begin_session(slave, plan.guest.idle).and(outside).and_then(|outside| {
+        let mut stage = prepare(plan, dir, opened, &outside, &reporter)?;
+        let connection = stage.create(&reporter)?;
+        Ok((stage, connection))
+    });
     let (stage, connection) = match born {
         Ok(born) => born,
         Err(error) => {
@@ -277,9 +278,9 @@ fn live(plan: Plan, dir: &Path, opened: Opened, slave: Option<OwnedFd>, channel:
         return 1;
     }
     drop(reporter);
-    let Stage { id, mut vm, signals, last_message, timeline, terminal, .. } = stage;
-    let timeline = Some(timeline);
-    let post = Post { container: &id, vm: vm.as_mut(), terminal, is_job: false, timeline };
+    let Stage { id, mut vm, mut teller, signals, last_message, timeline, terminal, .. } = stage;
+    let (timeline, teller) = (Some(timeline), Some(&mut teller));
+    let post = Post { container: &id, vm: vm.as_mut(), teller, terminal, is_job: false, timeline };
     match relay::run(connection, &signals, post) {
         Ok(status) => {
             leave_word(last_message, &End::Regular);
@@ -299,6 +300,7 @@ struct Stage {
     vm: Option<Vm>,
     /// Another's, dialled.
     door: Option<UnixStream>,
+    teller: Teller,
     signals: SignalFd,
     last_message: File,
     timeline: Timeline,
@@ -319,7 +321,8 @@ fn begin_session(slave: Option<OwnedFd>, idle: bool) -> Result<()> {
     slave.map_or(Ok(()), terminal::take)
 }
 
-fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> Result<Stage> {
+/// `outside` is what [`oom::cgroups`] said before this process was moved into its own.
+fn prepare(mut plan: Plan, dir: &Path, opened: Opened, outside: &str, reporter: &Reporter) -> Result<Stage> {
     let (joined, user, home) = opened;
     let root = user.as_ref().map(|user| user.root);
     set_oom_score(plan.guest.process.oom_score_adj)?;
@@ -331,6 +334,8 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> R
         nix::unistd::sethostname(hostname).context("hostname")?;
     }
     let own = if home.is_none() { Some(start_vm(&plan, dir, user.as_ref(), reporter)?) } else { None };
+    let vmm = own.as_ref().map(|vm| vm.vmm.pidfd());
+    let teller = Teller::start(outside, &plan.bundle, vmm).context("the teller of OOM kills")?;
     let (rootfs, hooked) = (plan.tree.rootfs.clone(), plan.hooks.any_at_create());
     let sources = tree::open(plan.tree, &mut plan.guest)?;
     let exports = if plan.guest.idle { Vec::new() } else { sources.exports(&mut plan.guest.mounts, root)? };
@@ -361,7 +366,7 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, reporter: &Reporter) -> R
     let id = plan.guest.id.clone();
     let terminal = plan.guest.process.terminal.and_then(|_| terminal::own());
     let request = Request::Create(Box::new(plan.guest));
-    Ok(Stage { id, vm: own, door, signals, last_message, timeline, terminal, request })
+    Ok(Stage { id, vm: own, door, teller, signals, last_message, timeline, terminal, request })
 }
 
 /// Starts a VMM in this process's namespaces.

@@ -16,6 +16,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
 
 use crate::console::Console;
 use crate::guest::{Connection, clean};
+use crate::oom::Teller;
 use crate::stdio::{Event, Pumps};
 use crate::terminal;
 use crate::timeline::{Mark, Timeline};
@@ -35,6 +36,8 @@ pub struct Post<'a> {
     pub container: &'a str,
     /// The VM, for the one relay that holds it.
     pub vm: Option<&'a mut Vm>,
+    /// Who tells the host of the container's out-of-memory kills, for the one relay that hears of them.
+    pub teller: Option<&'a mut Teller>,
     /// The one of descriptors 0 to 2 that says what size the process's terminal has, if it has one.
     pub terminal: Option<RawFd>,
     /// Whether this process is a shell's job, to be stopped by its terminal instead of the guest's process.
@@ -217,6 +220,12 @@ impl Relay<'_> {
                 // its orderly end.
                 if let Some(vm) = &self.post.vm {
                     vmm::kill(vm.vmm.pidfd());
+                }
+            }
+            // Before the exit that may follow, so that nobody who hears of that has missed it.
+            Reply::OutOfMemory => {
+                if let Some(teller) = &mut self.post.teller {
+                    teller.tell();
                 }
             }
             // Outcomes of forwarded signals: a process that has ended is not an error.

@@ -300,7 +300,8 @@ pub fn main(channel: Option<String>) -> ! {
     quit(1)
 }
 
-fn quit(status: i32) -> ! {
+/// Ends a forked process, without running an exit handler of its parent's.
+pub fn quit(status: i32) -> ! {
     // SAFETY: _exit takes any status and does not return.
     unsafe { libc::_exit(status) }
 }

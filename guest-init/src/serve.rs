@@ -43,6 +43,8 @@ enum Token {
     Connection(u64),
     Status(Pid),
     Stream(Pid, Stream),
+    /// Memory of the container with this first process.
+    Memory(Pid),
     Drain(usize),
 }
 
@@ -105,6 +107,12 @@ impl Server {
                 fds.push(PollFd::new(fd, flags));
             }
         }
+        for container in self.containers.values() {
+            if let Some(events) = container.events() {
+                tokens.push(Token::Memory(container.init));
+                fds.push(PollFd::new(events, PollFlags::POLLPRI));
+            }
+        }
         for (index, drain) in self.drains.iter().enumerate() {
             tokens.push(Token::Drain(index));
             fds.push(PollFd::new(drain.as_fd(), PollFlags::POLLIN));
@@ -150,6 +158,7 @@ impl Server {
                     self.send(owner, &out);
                 }
             }
+            Token::Memory(init) => self.tell_of_memory(init),
             Token::Drain(index) => {
                 let mut sink = [0u8; 16 << 10];
                 if !matches!(nix::unistd::read(&self.drains[index], &mut sink), Ok(1..) | Err(Errno::EAGAIN))
@@ -238,6 +247,15 @@ impl Server {
         }
     }
 
+    /// Tells the owner of a container's first process of kills for want of memory.
+    fn tell_of_memory(&mut self, init: Pid) {
+        let mut containers = self.containers.values_mut();
+        if containers.find(|container| container.init == init).is_some_and(Container::has_killed) {
+            let owner = self.children.get(&init).and_then(|child| child.owner);
+            self.reply(owner, &Reply::OutOfMemory);
+        }
+    }
+
     fn note_exits(&mut self) {
         for (pid, status) in reap::collect() {
             let Some(child) = self.children.get_mut(&pid) else { continue };
@@ -255,6 +273,13 @@ impl Server {
 
     /// Tells exits that are due, forgets what is over, writes what waits.
     fn settle(&mut self) {
+        // News of the kernel's comes late; an exit must not overtake it.
+        let ended = self.children.iter().filter(|(_, child)| child.role == Role::Init && child.has_exited());
+        ended
+            .map(|(init, _)| *init)
+            .collect::<Vec<_>>()
+            .into_iter()
+            .for_each(|init| self.tell_of_memory(init));
         let mut told = Vec::new();
         for child in self.children.values_mut().filter(|child| child.has_exited()) {
             let mut out = Vec::new();

@@ -225,6 +225,22 @@ fn path_of(pid: i32, scope: &str) -> Result<PathBuf> {
     found.with_context(|| format!("systemd did not put pid {pid} into {scope}"))
 }
 
+/// The directory that accounts the memory of a process whose /proc/PID/cgroup says this.
+pub fn memory_dir(table: &str) -> Option<PathBuf> {
+    let has_memory = |list: &str| list.split(',').any(|controller| controller == "memory");
+    let entries: Vec<_> = table
+        .lines()
+        .filter_map(|line| {
+            let (list, path) = line.split_once(':')?.1.split_once(':')?;
+            Some((list, path.strip_prefix('/')?))
+        })
+        .collect();
+    let v1 =
+        entries.iter().find(|(list, _)| has_memory(list)).map(|(_, path)| Path::new("memory").join(path));
+    let v2 = || entries.iter().find(|(list, _)| list.is_empty()).map(|(_, path)| PathBuf::from(path));
+    Some(Path::new(ROOT).join(v1.or_else(v2)?))
+}
+
 fn make(dir: &Path) -> Result<()> {
     // Another container's end may take the common parent away, empty as it is, between its making and its use.
     const TRIES: usize = 100;
@@ -296,5 +312,23 @@ fn prune(dir: &Path) -> bool {
     match fs::remove_dir(dir) {
         Ok(()) => true,
         Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_accounted_where_the_controller_is() {
+        for (table, expected) in [
+            ("0::/a3s-box/c1\n", Some("/sys/fs/cgroup/a3s-box/c1")),
+            ("9:cpu,cpuacct:/x\n4:memory:/a3s-box/c1\n0::/y\n", Some("/sys/fs/cgroup/memory/a3s-box/c1")),
+            ("3:name=memory:/x\n0::/a:b\n", Some("/sys/fs/cgroup/a:b")),
+            ("0::/\n", Some("/sys/fs/cgroup")),
+            ("", None),
+        ] {
+            assert_eq!(memory_dir(table).as_deref(), expected.map(Path::new), "{table:?}");
+        }
     }
 }

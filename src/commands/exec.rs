@@ -63,7 +63,8 @@ fn stay(context: &Context, job: Job, args: &cli::Exec) -> Result<i32> {
     context.log.debug("process started");
     let terminal = if has_terminal { terminal::own() } else { None };
     let _raw = terminal.map(|_| Raw::own()).transpose()?;
-    let post = Post { container: job.container, vm: None, terminal, is_job: true, timeline: None };
+    let post =
+        Post { container: job.container, vm: None, teller: None, terminal, is_job: true, timeline: None };
     relay::run(connection, &signals, post).map(|status| status.code())
 }
 

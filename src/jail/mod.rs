@@ -187,20 +187,21 @@ pub fn drop_privileges() -> Result<()> {
     drop_privileges_but(&[])
 }
 
-/// The same, but for those capabilities that are kept.
+/// The same, but for those of these capabilities that it has.
 pub fn drop_privileges_but(kept: &[Capability]) -> Result<()> {
     nix::sys::prctl::set_no_new_privs().context("no_new_privs")?;
     let supported = caps::runtime::thread_all_supported();
     // Without CAP_SETPCAP the bounding set stays, and means nothing: no_new_privs bars every gain.
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).unwrap_or(false) {
-        for capability in supported {
+        for capability in supported.into_iter().filter(|capability| !kept.contains(capability)) {
             caps::drop(None, CapSet::Bounding, capability).context("drop from the bounding set")?;
         }
     }
     for set in [CapSet::Ambient, CapSet::Inheritable] {
         caps::clear(None, set).with_context(|| format!("clear capabilities ({set:?})"))?;
     }
-    let kept = kept.iter().copied().collect();
+    let held = caps::read(None, CapSet::Permitted).context("read capabilities")?;
+    let kept = kept.iter().copied().filter(|capability| held.contains(capability)).collect();
     for set in [CapSet::Effective, CapSet::Permitted] {
         caps::set(None, set, &kept).with_context(|| format!("set capabilities ({set:?})"))?;
     }

@@ -190,7 +190,8 @@ pub(super) fn dial(request: &Request) -> Result<Connection> {
 fn relay_to(request: &Request, id: &str) -> Result<()> {
     let signals = relay::take_signals()?;
     let connection = dial(request)?;
-    let post = relay::Post { container: id, vm: None, is_job: false, terminal: None, timeline: None };
+    let post =
+        relay::Post { container: id, vm: None, teller: None, is_job: false, terminal: None, timeline: None };
     relay::run(connection, &signals, post).map(drop)
 }
 

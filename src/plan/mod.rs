@@ -53,6 +53,8 @@ pub struct Plan {
     pub hooks: Hooks,
     /// Limits of the host cgroup.
     pub limits: Limits,
+    /// The bundle's directory.
+    pub bundle: PathBuf,
 }
 
 /// A host namespace of the monitor's.
@@ -156,7 +158,8 @@ pub fn plan(
     let network = network::plan(&asked, host);
     let vm = vm::plan(spec, machine, &role, &asked, host)?;
     let limits = host::bounds(vm.memory_mib).and(resources.map_or(Ok(Limits::default()), host::limits)?);
-    Ok(Plan { role, vm, tree, network, namespaces, guest, hooks, limits })
+    let bundle = bundle.to_path_buf();
+    Ok(Plan { role, vm, tree, network, namespaces, guest, hooks, limits, bundle })
 }
 
 /// How many containers a VM has room for, besides the one that it was started for.

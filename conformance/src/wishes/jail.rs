@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::run::same;
 use crate::cases::{At, Case, Wish, sharing, wish};
@@ -20,6 +20,7 @@ const WISHES: &[Wish<Container>] = &[
     ("jail/the-vmm-sees-its-export-and-nothing-else", sees),
     ("jail/the-vmm-holds-few-descriptors", descriptors),
     ("jail/the-vmm-has-limits-and-no-environment", surroundings),
+    ("jail/the-teller-of-kills-has-one-right", teller),
     ("jail/the-monitor-is-confined", |container| {
         let status = Status::read(&format!("/proc/{}/status", container.pid))?;
         same(&status.field("CapEff")?, &"0000000000000000")?;
@@ -49,14 +50,50 @@ impl Status {
     }
 }
 
-/// The VMM: the monitor's one child.
-pub fn vmm(container: &Container) -> Result<i32> {
+/// The VMM and the teller of out-of-memory kills: the monitor's children.
+fn children(container: &Container) -> Result<(i32, i32)> {
     let path = format!("/proc/{0}/task/{0}/children", container.pid);
     let children = fs::read_to_string(&path).with_context(|| path.clone())?;
-    let mut pids = children.split_whitespace();
-    let vmm = pids.next().context("the monitor has no child")?.parse()?;
-    ensure!(pids.next().is_none(), "the monitor has more children than one: {children}");
-    Ok(vmm)
+    let pids: Vec<i32> = children.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    let is_teller = |pid: &i32| {
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "a3s-box-oom")
+    };
+    match pids.as_slice() {
+        [vmm, teller] if is_teller(teller) && !is_teller(vmm) => Ok((*vmm, *teller)),
+        _ => bail!("the monitor has other children than its VMM and its teller: {children}"),
+    }
+}
+
+/// The VMM.
+pub fn vmm(container: &Container) -> Result<i32> {
+    Ok(children(container)?.0)
+}
+
+/// It may spare the VM from the kernel's choice, and nothing else.
+fn teller(container: &mut Container) -> Result<()> {
+    let (_, teller) = children(container)?;
+    let status = Status::read(&format!("/proc/{teller}/status"))?;
+    // SYS_RESOURCE
+    for name in ["CapEff", "CapPrm", "CapBnd"] {
+        same(&status.field(name)?, &"0000000001000000").context(name)?;
+    }
+    for name in ["CapInh", "CapAmb"] {
+        same(&status.field(name)?, &"0000000000000000").context(name)?;
+    }
+    same(&(status.field("NoNewPrivs")?, status.field("Threads")?), &("1", "1"))?;
+    let entries = fs::read_dir(format!("/proc/{teller}/fd"))?.flatten();
+    let mut kinds: Vec<String> = entries
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .map(|target| {
+            let target = target.to_string_lossy();
+            target.rsplit('/').next().unwrap_or_default().split(':').next().unwrap_or_default().to_string()
+        })
+        .collect();
+    kinds.sort();
+    // Its streams, three scores, the bundle, the cgroup and the monitor.
+    let known = |kind: &str| kinds.iter().filter(|found| *found == kind).count();
+    same(&(known("null"), known("oom_score_adj"), known("socket")), &(3, 3, 1))?;
+    same(&kinds.len(), &9).with_context(|| format!("{kinds:?}"))
 }
 
 fn confined(container: &mut Container) -> Result<()> {

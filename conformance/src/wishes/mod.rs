@@ -23,12 +23,14 @@ mod lifecycle;
 mod listing;
 mod machine;
 mod many;
+mod memory;
 mod mount_options;
 mod mount_order;
 mod mounts;
 mod network;
 mod network_faults;
 mod not_everywhere;
+mod oom;
 mod own_kernel;
 mod pause;
 mod pidfd;
@@ -87,6 +89,8 @@ pub fn all() -> Vec<Case> {
             network::cases(),
             network_faults::cases(),
             resources::cases(),
+            oom::cases(),
+            memory::cases(),
             seccomp::cases(),
             settings::cases(),
             systemd::cases(),

@@ -74,6 +74,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         sharing(At::Both, ticking, WISHES),
         wish(At::Both, "pause/delete-by-force-works-on-a-paused-container", delete_paused),
+        wish(At::Vm, "resume/the-guests-clocks-are-right-at-once", clocks),
         wish(At::Local, "pause/a-signal-waits-for-resume", term_waits),
         wish(At::Local, "pause/many-times-in-a-row", many),
     ]
@@ -98,6 +99,32 @@ fn delete_paused(world: &'static World) -> Result<()> {
     pause(&container)?;
     world.ok(&["delete", "--force", &container.id])?.within(Duration::from_secs(4))?;
     same(&container.wait_for(Duration::from_secs(1))?, &137)
+}
+
+/// Wall clock and monotonic time: the host's go on while the guest does not.
+fn clocks(world: &'static World) -> Result<()> {
+    let container = ticking(world)?;
+    let guest = || -> Result<(f64, f64)> {
+        let text = container.sh("date +%s; cut -d ' ' -f 1 /proc/uptime")?;
+        let mut numbers = text.lines().map(|line| line.parse().context("a clock"));
+        let mut next = || numbers.next().context("a clock")?;
+        Ok((next()?, next()?))
+    };
+    let host = || -> Result<(f64, f64)> {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs_f64();
+        let uptime = std::fs::read_to_string("/proc/uptime")?;
+        Ok((now, uptime.split(' ').next().context("uptime")?.parse()?))
+    };
+    let (guest_before, host_before) = (guest()?, host()?);
+    pause(&container)?;
+    std::thread::sleep(Duration::from_secs(8));
+    world.ok(&["resume", &container.id])?;
+    let (guest_after, host_after) = (guest()?, host()?);
+    let off = guest_after.0 - host_after.0;
+    ensure!((-3.0..=1.0).contains(&off), "the wall clock is off by {off} s");
+    let (passed, of_host) = (guest_after.1 - guest_before.1, host_after.1 - host_before.1);
+    ensure!((passed - of_host).abs() < 3.0, "{passed} s passed in the guest, {of_host} s on the host");
+    Ok(())
 }
 
 fn term_waits(world: &'static World) -> Result<()> {

@@ -1,5 +1,6 @@
 //! The host's configuration: what it decides, what annotations may decide, and mistakes in it.
 
+use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -204,6 +205,22 @@ fn sizes(world: &'static World) -> Result<()> {
 }
 
 fn firmware(world: &'static World) -> Result<()> {
+    let kept = || -> BTreeSet<PathBuf> {
+        fs::read_dir("/run/a3s-box-kernel")
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .collect()
+    };
+    let before = kept();
+    let result = with_copy(world);
+    // The copy's kernel, which stays until the next boot.
+    kept().difference(&before).try_for_each(fs::remove_file)?;
+    result
+}
+
+fn with_copy(world: &'static World) -> Result<()> {
     let check = |path: &Path| -> Result<String> {
         let output = configured(world, path, &["check", "--format", "json", "--timeout", "80"])?.code(0)?;
         let document: Value = serde_json::from_slice(&output.stdout)?;

@@ -154,7 +154,7 @@ fn by_stdin(container: &Container, flags: &[&str], document: &Value) -> Result<O
 }
 
 /// A file of the container's host cgroup, by its name in cgroup v2.
-fn host(container: &Container, file: &str) -> Result<String> {
+pub fn host(container: &Container, file: &str) -> Result<String> {
     let table = fs::read_to_string(format!("/proc/{}/cgroup", container.pid))?;
     let v1 = |controller: &str, file: &str| {
         let holds = |line: &&str| {

@@ -27,7 +27,7 @@ const FIRST: u32 = 100_000;
 const COUNT: u32 = 65_536;
 
 /// With a user namespace whose ids are `FIRST` and up outside.
-fn with_users(config: Config) -> Config {
+pub fn with_users(config: Config) -> Config {
     let map = json!([{ "containerID": 0, "hostID": FIRST, "size": COUNT }]);
     config
         .set("/linux/namespaces/-", json!({ "type": "user" }))
@@ -35,7 +35,8 @@ fn with_users(config: Config) -> Config {
         .set("/linux/gidMappings", map)
 }
 
-fn shift(path: &Path) -> Result<()> {
+/// Gives a tree to the user namespace of [`with_users`].
+pub fn shift(path: &Path) -> Result<()> {
     let metadata = fs::symlink_metadata(path)?;
     let (uid, gid) = (metadata.uid() + FIRST, metadata.gid() + FIRST);
     std::os::unix::fs::lchown(path, Some(uid), Some(gid))?;

@@ -214,6 +214,9 @@ pub enum Reply {
     Greeting(Greeting),
     /// To the last request.
     Outcome(Outcome),
+    /// The kernel has killed a process of the container whose first process the connection owns, for want of memory:
+    /// once or more since this was last said.
+    OutOfMemory,
     /// The connection's own process has ended, and all its output was sent before this.
     Exited(ExitStatus),
 }

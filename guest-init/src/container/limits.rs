@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 
 use a3s_box_proto::Container;
@@ -17,6 +19,10 @@ use crate::process::words;
 /// A cgroup v2 directory of one container.
 pub struct Cgroup {
     path: PathBuf,
+    /// Its memory.events, which poll can wait for, where the kernel counts memory.
+    events: Option<File>,
+    /// Kills for want of memory that were noted.
+    noted: u64,
 }
 
 impl Cgroup {
@@ -24,7 +30,8 @@ impl Cgroup {
     pub fn create(spec: &Container) -> Result<Self> {
         let path = PathBuf::from(CGROUP_ROOT).join(&spec.id);
         fs::create_dir(&path).with_context(|| format!("make the guest's cgroup {}", spec.id))?;
-        let cgroup = Cgroup { path };
+        let events = File::open(path.join("memory.events")).ok();
+        let cgroup = Cgroup { path, events, noted: 0 };
         if let Err(error) = cgroup.bound(spec) {
             cgroup.remove();
             return Err(error);
@@ -90,6 +97,22 @@ impl Cgroup {
             }
         }
         stats
+    }
+
+    /// For poll, by POLLPRI.
+    pub fn events(&self) -> Option<BorrowedFd<'_>> {
+        self.events.as_ref().map(File::as_fd)
+    }
+
+    /// Whether the kernel has killed here, or below, for want of memory since this was last asked.
+    pub fn has_killed(&mut self) -> bool {
+        let mut text = [0; 512];
+        let n = self.events.as_ref().and_then(|events| events.read_at(&mut text, 0).ok()).unwrap_or(0);
+        let text = String::from_utf8_lossy(&text[..n]);
+        let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok());
+        let before = self.noted;
+        self.noted = kills.unwrap_or(before);
+        self.noted > before
     }
 
     /// A descriptor through which a process can [`join`] from any mount namespace.

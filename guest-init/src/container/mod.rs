@@ -10,7 +10,7 @@ mod user;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use a3s_box_proto::{self as proto, Process, ProcessInfo, Seccomp};
@@ -254,6 +254,16 @@ impl Container {
     /// Changes limits: all, or none.
     pub fn limit(&self, limits: &[(String, String)]) -> Result<()> {
         self.cgroup.limit(limits)
+    }
+
+    /// For poll, by POLLPRI: then [`Container::has_killed`] may have news.
+    pub fn events(&self) -> Option<BorrowedFd<'_>> {
+        self.cgroup.events()
+    }
+
+    /// Whether the kernel has killed one of its processes for want of memory since this was last asked.
+    pub fn has_killed(&mut self) -> bool {
+        self.cgroup.has_killed()
     }
 
     /// What its cgroup counts.
