@@ -5,7 +5,7 @@
 //! [`store`].
 //! Intent into processes: [`monitor`] (the container's pid) → [`hooks`], [`jail`], [`userns`], [`cgroup`] → [`vmm`] →
 //! [`krun`], or [`pod`] (a VM that is there); [`oom`] beside the monitor; [`proxy`] (the pid of a detached `exec`).
-//! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`].
+//! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`]; [`courier`], [`sockets`].
 //! [`commands`] strings them together, one file a verb. [`log`] is the one voice, [`timeline`] remembers a start, [`patience`]
 //! bounds what may hang.
 
@@ -15,6 +15,7 @@ mod cli;
 mod commands;
 mod config;
 mod console;
+mod courier;
 mod guest;
 mod hooks;
 mod jail;
@@ -33,6 +34,7 @@ mod proxy;
 mod relay;
 mod sandbox;
 mod seccomp;
+mod sockets;
 mod stdio;
 mod store;
 mod support;

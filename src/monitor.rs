@@ -36,8 +36,9 @@ use crate::log::sentence;
 use crate::net;
 use crate::oom::{self, Teller};
 use crate::plan::{Namespace, Plan};
-use crate::pod::Home;
+use crate::pod::{self, Home};
 use crate::relay::{self, Post, Vm, VmDied};
+use crate::sockets::{self, Sockets};
 use crate::store::VM_DIR;
 use crate::timeline::{Mark, Timeline};
 use crate::userns::{self, UserNamespace};
@@ -278,9 +279,10 @@ fn live(plan: Plan, dir: &Path, opened: Opened, slave: Option<OwnedFd>, channel:
         return 1;
     }
     drop(reporter);
-    let Stage { id, mut vm, mut teller, signals, last_message, timeline, terminal, .. } = stage;
-    let (timeline, teller) = (Some(timeline), Some(&mut teller));
-    let post = Post { container: &id, vm: vm.as_mut(), teller, terminal, is_job: false, timeline };
+    let Stage { id, mut vm, mut teller, sockets, signals, last_message, timeline, terminal, .. } = stage;
+    let (teller, sockets, timeline) = (Some(&mut teller), sockets.as_ref(), Some(timeline));
+    let post =
+        Post { container: &id, vm: vm.as_mut(), teller, sockets, terminal, timeline, ..Post::default() };
     match relay::run(connection, &signals, post) {
         Ok(status) => {
             leave_word(last_message, &End::Regular);
@@ -301,6 +303,8 @@ struct Stage {
     /// Another's, dialled.
     door: Option<UnixStream>,
     teller: Teller,
+    /// What connects to sockets of the host's for it.
+    sockets: Option<Sockets>,
     signals: SignalFd,
     last_message: File,
     timeline: Timeline,
@@ -336,11 +340,13 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, outside: &str, reporter: 
     let own = if home.is_none() { Some(start_vm(&plan, dir, user.as_ref(), reporter)?) } else { None };
     let vmm = own.as_ref().map(|vm| vm.vmm.pidfd());
     let teller = Teller::start(outside, &plan.bundle, vmm).context("the teller of OOM kills")?;
+    let vm_dir = home.as_ref().map_or(dir.join(VM_DIR), |home| pod::seat_dir(dir, &home.seat));
     let (rootfs, hooked) = (plan.tree.rootfs.clone(), plan.hooks.any_at_create());
     let sources = tree::open(plan.tree, &mut plan.guest)?;
     let exports = if plan.guest.idle { Vec::new() } else { sources.exports(&mut plan.guest.mounts, root)? };
     let (last_message, timeline) = (open_last_message(dir)?, Timeline::open(dir));
     let place = own.as_ref().map(|_| open(&dir.join(VM_DIR))).transpose()?;
+    let bound = sockets::Bound::new(sources.socket_places(), &plan.guest, &vm_dir)?;
     // Hooks look for the container's tree at root.path, and may change what is in it.
     let view = sources.assemble(&open(if hooked { &rootfs } else { dir })?)?;
     if hooked {
@@ -360,13 +366,14 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, outside: &str, reporter: 
     if let Some(user) = user.filter(|_| vmm::CONFINED) {
         userns::enter(user.fd, false)?;
     }
+    let sockets = bound.map(Sockets::spawn).transpose()?;
     let signals = relay::take_signals()?;
     jail::drop_privileges()?;
     jail::confine_relay(&["socket", "connect"])?;
     let id = plan.guest.id.clone();
     let terminal = plan.guest.process.terminal.and_then(|_| terminal::own());
     let request = Request::Create(Box::new(plan.guest));
-    Ok(Stage { id, vm: own, door, teller, signals, last_message, timeline, terminal, request })
+    Ok(Stage { id, vm: own, door, teller, sockets, signals, last_message, timeline, terminal, request })
 }
 
 /// Starts a VMM in this process's namespaces.
@@ -440,7 +447,10 @@ impl Stage {
             connection.greeting.uptime_us / 1000
         ));
         match connection.call(&self.request, CREATE) {
-            Ok(Outcome::Done) => Ok(connection),
+            Ok(Outcome::Done) => {
+                self.sockets.as_ref().map_or(Ok(()), Sockets::begin)?;
+                Ok(connection)
+            }
             Ok(Outcome::Failed { text }) => {
                 bail!("unable to start container process: {}", guest::clean(&text))
             }

@@ -263,6 +263,11 @@ fn forget(dir: &Path, record: &Record, vm: ProcessId) -> Result<Outcome> {
 pub fn vm_dir(dir: &Path, record: &Record) -> PathBuf {
     match &record.seat {
         None => dir.join(VM_DIR),
-        Some(seat) => dir.with_file_name(&seat.sandbox).join(VM_DIR),
+        Some(seat) => seat_dir(dir, seat),
     }
+}
+
+/// The same for a seat.
+pub fn seat_dir(dir: &Path, seat: &Seat) -> PathBuf {
+    dir.with_file_name(&seat.sandbox).join(VM_DIR)
 }

@@ -141,7 +141,7 @@ fn live(job: Job, cgroup: &Cgroup, channel: &OwnedFd) -> i32 {
     if !matches!(recv(channel.as_raw_fd(), &mut [0u8; 1], MsgFlags::empty()), Ok(1)) {
         return KILLED;
     }
-    let post = Post { container, vm: None, teller: None, terminal, is_job: false, timeline: None };
+    let post = Post { container, terminal, ..Post::default() };
     relay::run(connection, &signals, post).map_or(KILLED, |status| status.code())
 }
 

@@ -17,6 +17,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
 use crate::console::Console;
 use crate::guest::{Connection, clean};
 use crate::oom::Teller;
+use crate::sockets::Sockets;
 use crate::stdio::{Event, Pumps};
 use crate::terminal;
 use crate::timeline::{Mark, Timeline};
@@ -31,6 +32,7 @@ pub struct Vm {
 }
 
 /// What a relay stands for.
+#[derive(Default)]
 pub struct Post<'a> {
     /// Container id.
     pub container: &'a str,
@@ -38,8 +40,13 @@ pub struct Post<'a> {
     pub vm: Option<&'a mut Vm>,
     /// Who tells the host of the container's out-of-memory kills, for the one relay that hears of them.
     pub teller: Option<&'a mut Teller>,
+    /// What connects to sockets of the host's for the container, for its monitor.
+    pub sockets: Option<&'a Sockets>,
     /// The one of descriptors 0 to 2 that says what size the process's terminal has, if it has one.
     pub terminal: Option<RawFd>,
+    /// Whether the end of the output is told to whoever has it while input goes on: for a socket that is this relay's
+    /// alone.
+    pub half_closes: bool,
     /// Whether this process is a shell's job, to be stopped by its terminal instead of the guest's process.
     pub is_job: bool,
     /// Who wants to know of the first byte of output.
@@ -215,6 +222,9 @@ impl Relay<'_> {
         {
             Reply::Exited(status) => {
                 self.exit = Some(status);
+                if let Some(sockets) = self.post.sockets {
+                    sockets.drain();
+                }
                 self.send(&Request::Acknowledge);
                 // Files were written through, nothing is left in the guest that must be kept: no need to wait for
                 // its orderly end.
@@ -262,7 +272,10 @@ impl Relay<'_> {
                 Frame::Credit(stream, credit)
             }
             Event::Closed(stream) => Frame::End(stream),
-            Event::Drained(_) => {
+            Event::Drained(stream) => {
+                if self.post.half_closes && stream == Stream::Stdout {
+                    let _ = nix::sys::socket::shutdown(1, nix::sys::socket::Shutdown::Write);
+                }
                 self.outputs = self.outputs.saturating_sub(1);
                 return;
             }

@@ -11,6 +11,7 @@
 //! - [`net`]: NICs of the VM that become a container's interfaces.
 //! - [`resolver`]: names at 127.0.0.11, from the host's network namespace.
 //! - [`rootfs`]: mounts of a container, in its own mount namespace; [`shared_memory`]: those it shares.
+//! - [`sockets`]: stands in for sockets of the host's.
 //! - [`process`]: from clone to execve; [`seccomp`]: the filter on its way.
 //! - [`reap`]: exits, and when they may be told.
 //!
@@ -30,6 +31,7 @@ mod rootfs;
 mod seccomp;
 mod serve;
 mod shared_memory;
+mod sockets;
 mod stdio;
 mod terminal;
 

@@ -6,9 +6,8 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::mem::ManuallyDrop;
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use a3s_box_proto::{Nic, Setting};
@@ -17,9 +16,8 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use nix::unistd::Pid;
 
-use crate::container::{self, Born};
-use crate::process::{Pipes, Side, arrange, fork, leave};
-use crate::stdio;
+use crate::container::Born;
+use crate::process::{self, copy, own};
 
 /// How long a connection may take to be made.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -84,22 +82,12 @@ fn spare_name(slot: u8) -> String {
 /// Clones a process that does `attempt` in the network namespace of `pid` and, if that succeeds, goes on with `go`,
 /// which talks over the process's streams.
 pub fn bear<T>(pid: Pid, attempt: impl FnOnce() -> Result<T>, go: impl FnOnce(T)) -> Result<Born> {
-    let (stdio, ends) = stdio::pipes()?;
-    let (status, child_status) = container::status()?;
-    if let Side::Parent(pid) = fork(0)? {
-        return Ok(Born { pid, stdio, status });
-    }
-    let story = arrange(ends, Pipes { status: child_status, gate: None, user: None });
-    let entered = File::open(format!("/proc/{pid}/ns/net")).context("the container's network namespace");
-    let entered = entered.and_then(|other| Ok(setns(other, CloneFlags::CLONE_NEWNET)?));
-    match entered.and_then(|()| attempt()) {
-        Ok(made) => {
-            drop(story);
-            go(made);
-            leave(0)
-        }
-        Err(error) => story.fail(&error),
-    }
+    let attempt = |_| {
+        let other = File::open(format!("/proc/{pid}/ns/net")).context("the container's network namespace")?;
+        setns(other, CloneFlags::CLONE_NEWNET)?;
+        attempt()
+    };
+    process::bear(Vec::new(), attempt, go)
 }
 
 /// Clones a process that connects to `address` and copies its own streams there and back.
@@ -111,18 +99,12 @@ pub fn dial(pid: Pid, address: SocketAddr) -> Result<Born> {
     };
     bear(pid, attempt, |(mut stream, mut other)| {
         std::thread::spawn(move || {
-            let _ = io::copy(&mut *own(0), &mut stream);
+            let _ = copy(&mut *own(0), &mut stream);
             let _ = stream.shutdown(Shutdown::Write);
         });
         // When the server has said all, it is over.
-        let _ = io::copy(&mut other, &mut *own(1));
+        let _ = copy(&mut other, &mut *own(1));
     })
-}
-
-/// One of the process's own streams.
-pub fn own(stream: RawFd) -> ManuallyDrop<File> {
-    // SAFETY: 0 and 1 are open for the whole life of the process, and never closed by this owner.
-    ManuallyDrop::new(unsafe { File::from_raw_fd(stream) })
 }
 
 /// Runs `act` in the network namespace of `pid`.

@@ -7,7 +7,8 @@
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{IoSlice, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
@@ -22,7 +23,8 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::{Gid, Pid, Uid};
 use serde_json::Value;
 
-use crate::stdio::Ends;
+use crate::container::{self, Born};
+use crate::stdio::{self, Ends};
 use crate::terminal::Terminal;
 use crate::{reap, seccomp};
 
@@ -56,12 +58,15 @@ pub struct Pipes {
     pub gate: Option<OwnedFd>,
     /// The user namespace that the workload belongs to.
     pub user: Option<OwnedFd>,
+    /// Whatever else it takes along.
+    pub kept: Vec<OwnedFd>,
 }
 
 /// The child's own view of its pipes.
 pub struct Story {
     pipe: File,
     user: Option<OwnedFd>,
+    kept: Vec<OwnedFd>,
 }
 
 impl Story {
@@ -103,14 +108,30 @@ pub fn leave(status: i32) -> ! {
     unsafe { libc::_exit(status) }
 }
 
+/// Copies until there is no more. Never by splice(2), as std's copy does: it holds a pipe while it waits for a socket, and
+/// so whoever would read the pipe, which is pid 1.
+pub fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; 32 << 10];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => to.write_all(&buffer[..count])?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 /// First steps of every child: streams at 0 to 2, pipes at fixed places, nothing else inherited.
 pub fn arrange(ends: Ends, pipes: Pipes) -> Story {
     let gate = pipes.gate.as_ref().map(|gate| gate.as_raw_fd());
     let user = pipes.user.as_ref().map(|user| user.as_raw_fd());
+    let kept = pipes.kept.iter().map(AsRawFd::as_raw_fd);
+    let (has_user, count) = (user.is_some(), kept.len());
     // Above all targets first, so that none is overwritten before it is copied.
     let mut high = Vec::new();
-    for fd in ends.iter().map(|end| end.as_raw_fd()).chain([pipes.status.as_raw_fd()]).chain(gate).chain(user)
-    {
+    let streams = ends.iter().map(|end| end.as_raw_fd()).chain([pipes.status.as_raw_fd()]);
+    for fd in streams.chain(gate).chain(user).chain(kept) {
         // SAFETY: F_DUPFD_CLOEXEC on a descriptor that this process owns.
         high.push(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10) });
     }
@@ -119,14 +140,46 @@ pub fn arrange(ends: Ends, pipes: Pipes) -> Story {
         // SAFETY: both numbers are descriptors of this process; the target is free or to be replaced.
         unsafe { libc::dup3(*fd, target as RawFd, flags) };
     }
-    let first_unused = high.len() as libc::c_uint;
+    let first_unused = high.len() as RawFd;
     // SAFETY: closes everything above our own; the owners of those numbers are forgotten below, not dropped.
-    unsafe { libc::close_range(first_unused, libc::c_uint::MAX, 0) };
+    unsafe { libc::close_range(first_unused as libc::c_uint, libc::c_uint::MAX, 0) };
     std::mem::forget((ends, pipes));
-    // SAFETY: dup3 put it there, last of all, and nothing else owns that number.
-    let user = user.map(|_| unsafe { OwnedFd::from_raw_fd(first_unused as RawFd - 1) });
+    let first_kept = first_unused - count as RawFd;
+    // SAFETY: dup3 put them there, last of all, and nothing else owns those numbers.
+    let kept = (first_kept..first_unused).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
+    // SAFETY: dup3 put it just before them, and nothing else owns that number.
+    let user = has_user.then(|| unsafe { OwnedFd::from_raw_fd(first_kept - 1) });
     // SAFETY: dup3 put the status pipe there, and nothing else owns that number.
-    Story { pipe: unsafe { File::from_raw_fd(STATUS) }, user }
+    Story { pipe: unsafe { File::from_raw_fd(STATUS) }, user, kept }
+}
+
+/// Clones a process of pid 1's own that does `attempt` with what it takes along and, if that succeeds, goes on with
+/// `go`, which talks over the process's streams.
+pub fn bear<T>(
+    kept: Vec<OwnedFd>,
+    attempt: impl FnOnce(Vec<OwnedFd>) -> Result<T>,
+    go: impl FnOnce(T),
+) -> Result<Born> {
+    let (stdio, ends) = stdio::pipes()?;
+    let (status, child_status) = container::status()?;
+    if let Side::Parent(pid) = fork(0)? {
+        return Ok(Born { pid, stdio, status });
+    }
+    let mut story = arrange(ends, Pipes { status: child_status, gate: None, user: None, kept });
+    match attempt(std::mem::take(&mut story.kept)) {
+        Ok(made) => {
+            drop(story);
+            go(made);
+            leave(0)
+        }
+        Err(error) => story.fail(&error),
+    }
+}
+
+/// One of such a process's own streams.
+pub fn own(stream: RawFd) -> ManuallyDrop<File> {
+    // SAFETY: 0 and 1 are open for the whole life of the process, and never closed by this owner.
+    ManuallyDrop::new(unsafe { File::from_raw_fd(stream) })
 }
 
 /// Becomes the workload under the container's `filter`, or tells why not. With `start`, waits for the start byte just

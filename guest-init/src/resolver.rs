@@ -13,7 +13,8 @@ use anyhow::{Context, Result, bail};
 use nix::unistd::Pid;
 
 use crate::container::Born;
-use crate::net::{bear, own};
+use crate::net::bear;
+use crate::process::own;
 
 const ADDRESS: (Ipv4Addr, u16) = (Ipv4Addr::new(127, 0, 0, 11), 53);
 /// Queries that wait for their answers; the oldest is forgotten for a new one.

@@ -63,8 +63,7 @@ fn stay(context: &Context, job: Job, args: &cli::Exec) -> Result<i32> {
     context.log.debug("process started");
     let terminal = if has_terminal { terminal::own() } else { None };
     let _raw = terminal.map(|_| Raw::own()).transpose()?;
-    let post =
-        Post { container: job.container, vm: None, teller: None, terminal, is_job: true, timeline: None };
+    let post = Post { container: job.container, terminal, is_job: true, ..Post::default() };
     relay::run(connection, &signals, post).map(|status| status.code())
 }
 

@@ -324,9 +324,52 @@ const TERMINAL: [libc::Ioctl; 10] = [
     libc::FIONBIO,
 ];
 
+/// What a process does besides that finds sockets of the host's for a guest, and bears relays to them.
+const PORTER: &[&str] = &[
+    // look
+    "openat2",
+    "getdents64",
+    "fchdir",
+    "socket",
+    "connect",
+    // bear
+    "socketpair",
+    "pidfd_open",
+    "signalfd4",
+    "dup2",
+    "dup3",
+    "close_range",
+    "seccomp",
+    // be somebody else
+    "setresuid",
+    "setresgid",
+    "setgroups",
+    "setfsuid",
+    "setfsgid",
+    "capget",
+    "capset",
+];
+
 /// Allows [`RELAY`] alone. Before the first byte from the guest: a parser's bug must not be worth much.
 /// `more` names system calls that this relay needs besides.
 pub fn confine_relay(more: &[&str]) -> Result<()> {
+    let thread = libc::CLONE_THREAD as u64;
+    confine(more, ScmpArgCompare::new(0, ScmpCompareOp::MaskedEqual(thread), thread))
+}
+
+/// Allows [`RELAY`] and [`PORTER`] alone, processes without namespaces of their own among it.
+pub fn confine_porter() -> Result<()> {
+    let namespaces = libc::CLONE_NEWNS
+        | libc::CLONE_NEWUSER
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP;
+    confine(PORTER, ScmpArgCompare::new(0, ScmpCompareOp::MaskedEqual(namespaces as u64), 0))
+}
+
+fn confine(more: &[&str], clone_flags: ScmpArgCompare) -> Result<()> {
     let mut filter = ScmpFilterContext::new(ScmpAction::Errno(libc::EPERM)).context("seccomp filter")?;
     for name in RELAY.iter().chain(more) {
         if let Ok(syscall) = ScmpSyscall::from_name(name) {
@@ -340,9 +383,9 @@ pub fn confine_relay(more: &[&str]) -> Result<()> {
     let clone3 = ScmpSyscall::from_name("clone3").context("seccomp rule for clone3")?;
     filter.add_rule(ScmpAction::Errno(libc::ENOSYS), clone3).context("seccomp rule for clone3")?;
     let clone = ScmpSyscall::from_name("clone").context("seccomp rule for clone")?;
-    let thread = libc::CLONE_THREAD as u64;
-    let is_thread = ScmpArgCompare::new(0, ScmpCompareOp::MaskedEqual(thread), thread);
-    filter.add_rule_conditional(ScmpAction::Allow, clone, &[is_thread]).context("seccomp rule for clone")?;
+    filter
+        .add_rule_conditional(ScmpAction::Allow, clone, &[clone_flags])
+        .context("seccomp rule for clone")?;
     filter.load().context("load the seccomp filter")
 }
 

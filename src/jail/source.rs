@@ -23,6 +23,8 @@ pub struct Opened {
     pub kind: Kind,
     /// Whether the VM sees it; else the guest has its own.
     pub exported: bool,
+    /// Whether it is a socket.
+    pub is_socket: bool,
 }
 
 /// linux/magic.h, and libc lacks some.
@@ -72,7 +74,7 @@ fn look(bind: &Bind, guest: &mut Mount, table: &MountTable) -> Result<Opened> {
     let stat = fstat(&fd).map_err(words)?;
     let volume = fstatfs(&fd).map_err(words)?;
     guest.attributes.own = bind.tree.of(bind.own.of(flags(&volume)));
-    let mut opened = Opened { fd, kind: Kind::File, exported: true };
+    let mut opened = Opened { fd, kind: Kind::File, exported: true, is_socket: false };
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => {
             opened.kind = Kind::Directory;
@@ -86,7 +88,7 @@ fn look(bind: &Bind, guest: &mut Mount, table: &MountTable) -> Result<Opened> {
             }
         }
         FileType::Fifo => bail!("a FIFO cannot reach into a VM"),
-        FileType::Socket => bail!("a socket cannot reach into a VM"),
+        FileType::Socket => opened.is_socket = true,
         FileType::CharacterDevice => {
             guest.source = Source::Device(guests_device(stat.st_rdev)?);
             opened.exported = false;

@@ -76,6 +76,14 @@ impl Sources {
         Ok(exports)
     }
 
+    /// Where the container may find sockets of the host's: those that are bound, and directories.
+    pub fn socket_places(&self) -> Vec<PathBuf> {
+        let binds = self.tree.binds.iter().zip(&self.binds);
+        let may_hold =
+            |source: &Opened| source.exported && (source.is_socket || source.kind == Kind::Directory);
+        binds.filter(|(_, source)| may_hold(source)).map(|(bind, _)| bind.destination.clone()).collect()
+    }
+
     /// Mount points that lie in the root file system itself: those below an earlier mount are made in that one.
     fn make_places(&self, guest: &mut [Mount]) -> Result<()> {
         let root = Root::new(self.rootfs.try_clone().context("root.path")?);

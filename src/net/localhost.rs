@@ -8,12 +8,12 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use a3s_box_proto::{Outcome, Request};
+use a3s_box_proto::Request;
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
@@ -23,7 +23,7 @@ use nix::unistd::{ForkResult, Pid, fork};
 use super::steer::{Steering, steer};
 use super::watch::{self, Standing};
 use crate::cgroup::Cgroup;
-use crate::guest::{self, Connection};
+use crate::courier::{self, bear, leave, replace};
 use crate::{jail, relay};
 
 /// Connections relayed at once; more wait in the listener's queue.
@@ -66,11 +66,6 @@ pub(super) fn ended_well(child: Pid) -> Result<()> {
     }
 }
 
-fn leave(status: i32) -> ! {
-    // SAFETY: _exit takes any status and does not return.
-    unsafe { libc::_exit(status) }
-}
-
 fn enter_and_bear(place: &mut Place) -> Result<()> {
     place.cgroup.join()?;
     setns(&place.monitor, CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNET)?;
@@ -98,29 +93,6 @@ fn live(place: &mut Place) -> Result<()> {
     let resolver = bear(|| resolve(place.id))?;
     let listeners = std::iter::once(four).chain(six).collect();
     serve(place.id, listeners, steering, [Some(resolver), watch].into_iter().flatten().collect())
-}
-
-/// Makes `fd` what `from` is.
-fn replace(from: RawFd, fd: RawFd) -> io::Result<()> {
-    // SAFETY: 0 to 2 are nobody's in this process, which never returns to code that owns them.
-    nix::errno::Errno::result(unsafe { libc::dup2(from, fd) }).map(drop).map_err(io::Error::from)
-}
-
-/// Makes a socket this process's input and output, and all that it holds.
-fn become_streams(socket: OwnedFd) -> io::Result<()> {
-    let socket = socket.into_raw_fd();
-    replace(socket, 0)?;
-    replace(socket, 1)?;
-    jail::keep_only(&[]);
-    Ok(())
-}
-
-pub(super) fn bear(act: impl FnOnce() -> Result<()>) -> Result<Pid> {
-    // SAFETY: this process has one thread.
-    match unsafe { fork() }.context("fork")? {
-        ForkResult::Parent { child } => Ok(child),
-        ForkResult::Child => leave(i32::from(act().is_err())),
-    }
 }
 
 /// Relays connections, where they can be steered here.
@@ -161,9 +133,8 @@ fn reap(wait: bool) -> Result<usize> {
 /// Relays one connection to the same port in the guest.
 fn connect(id: &str, socket: TcpStream) -> Result<()> {
     let address = socket.local_addr()?;
-    become_streams(socket.into())?;
     let request = Request::Dial { container: id.into(), address };
-    let relayed = relay_to(&request, id);
+    let relayed = courier::carry_for(socket.into(), &request, id);
     if relayed.is_err() {
         // As the peer of a port that nobody listens on would see it.
         let abort = libc::linger { l_onoff: 1, l_linger: 0 };
@@ -176,34 +147,11 @@ fn connect(id: &str, socket: TcpStream) -> Result<()> {
     relayed
 }
 
-/// Asks the guest, from a process that may do nothing but this from then on.
-pub(super) fn dial(request: &Request) -> Result<Connection> {
-    jail::confine_relay(&["socket", "connect"])?;
-    let stream = UnixStream::connect(guest::SOCKET).context("the VM's socket")?;
-    let mut connection = Connection::greet(stream, guest::ANSWER)?;
-    match connection.call(request, guest::ANSWER)? {
-        Outcome::Done => Ok(connection),
-        other => bail!("the guest did not do it: {other:?}"),
-    }
-}
-
-fn relay_to(request: &Request, id: &str) -> Result<()> {
-    let signals = relay::take_signals()?;
-    let connection = dial(request)?;
-    let post =
-        relay::Post { container: id, vm: None, teller: None, is_job: false, terminal: None, timeline: None };
-    relay::run(connection, &signals, post).map(drop)
-}
-
 /// Answers the guest's queries, which come as a stream: length, number, whether by TCP, query.
 fn resolve(id: &str) -> Result<()> {
     jail::keep_only(&[]);
     let (ours, theirs) = UnixStream::pair()?;
-    bear(|| {
-        become_streams(theirs.try_clone()?.into())?;
-        let request = Request::Resolve { container: id.into() };
-        relay_to(&request, id)
-    })?;
+    bear(|| courier::carry_for(theirs.try_clone()?.into(), &Request::Resolve { container: id.into() }, id))?;
     drop(theirs);
     jail::confine_relay(&["socket", "bind", "connect"])?;
     let answers = Arc::new(Mutex::new(ours.try_clone()?));

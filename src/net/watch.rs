@@ -16,10 +16,11 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 
-use super::localhost::{bear, dial, ended_well};
+use super::localhost::ended_well;
 use super::netlink::Netlink;
 use super::snapshot::{self, Interface, Links};
 use super::{attach, redirect};
+use crate::courier::{self, bear};
 use crate::jail;
 
 /// An engine's changes come as one once it has made none for this long.
@@ -152,7 +153,7 @@ fn tell(request: &Request) -> Result<()> {
     let child = bear(|| {
         jail::keep_only(&[]);
         jail::drop_privileges()?;
-        dial(request).map(drop)
+        courier::ask(courier::dial()?, request).map(drop)
     })?;
     ended_well(child)
 }

@@ -32,6 +32,7 @@ const WISHES: &[Wish<Container>] = &[
 pub fn cases() -> Vec<Case> {
     vec![
         sharing(At::Vm, |world| Container::running(world, &Config::idle()), WISHES),
+        wish(At::Both, "jail/what-connects-to-sockets-is-confined", porter),
         wish(At::Both, "jail/state-is-the-owners-alone", state),
         wish(At::Both, "jail/two-containers-share-nothing", nothing_shared),
     ]
@@ -50,28 +51,44 @@ impl Status {
     }
 }
 
-/// The VMM and the teller of out-of-memory kills: the monitor's children.
-fn children(container: &Container) -> Result<(i32, i32)> {
+/// The monitor's children.
+struct Children {
+    vmm: i32,
+    /// What tells engines of out-of-memory kills.
+    teller: i32,
+    /// What connects to sockets of the host's, where something is bound.
+    porter: Option<i32>,
+}
+
+fn children(container: &Container) -> Result<Children> {
     let path = format!("/proc/{0}/task/{0}/children", container.pid);
     let children = fs::read_to_string(&path).with_context(|| path.clone())?;
     let pids: Vec<i32> = children.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    let is_vmm = |pid: &i32| {
+        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(b"a3s-box-vmm\0"))
+    };
     let is_teller = |pid: &i32| {
         fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "a3s-box-oom")
     };
-    match pids.as_slice() {
-        [vmm, teller] if is_teller(teller) && !is_teller(vmm) => Ok((*vmm, *teller)),
-        _ => bail!("the monitor has other children than its VMM and its teller: {children}"),
+    let (vmms, others): (Vec<i32>, Vec<i32>) = pids.into_iter().partition(is_vmm);
+    let (tellers, porters): (Vec<i32>, Vec<i32>) = others.into_iter().partition(is_teller);
+    match (vmms.as_slice(), tellers.as_slice(), porters.as_slice()) {
+        ([vmm], [teller], []) => Ok(Children { vmm: *vmm, teller: *teller, porter: None }),
+        ([vmm], [teller], [porter]) => Ok(Children { vmm: *vmm, teller: *teller, porter: Some(*porter) }),
+        _ => bail!(
+            "the monitor's children: {children}: VMMs {vmms:?}, tellers {tellers:?}, others {porters:?}"
+        ),
     }
 }
 
 /// The VMM.
 pub fn vmm(container: &Container) -> Result<i32> {
-    Ok(children(container)?.0)
+    Ok(children(container)?.vmm)
 }
 
 /// It may spare the VM from the kernel's choice, and nothing else.
 fn teller(container: &mut Container) -> Result<()> {
-    let (_, teller) = children(container)?;
+    let Children { teller, .. } = children(container)?;
     let status = Status::read(&format!("/proc/{teller}/status"))?;
     // SYS_RESOURCE
     for name in ["CapEff", "CapPrm", "CapBnd"] {
@@ -94,6 +111,23 @@ fn teller(container: &mut Container) -> Result<()> {
     let known = |kind: &str| kinds.iter().filter(|found| *found == kind).count();
     same(&(known("null"), known("oom_score_adj"), known("socket")), &(3, 3, 1))?;
     same(&kinds.len(), &9).with_context(|| format!("{kinds:?}"))
+}
+
+/// What connects to sockets of the host's can be somebody else and look, as root's programs may; no more.
+fn porter(world: &'static World) -> Result<()> {
+    // DAC_OVERRIDE, SETGID, SETUID
+    const KEPT: &str = "00000000000000c2";
+    let dir = world.make_dir("porter")?;
+    let container = Container::running(world, &Config::idle().bind(&dir, "/bound", &[]))?;
+    let porter = children(&container)?.porter.context("nothing connects to sockets")?;
+    let status = Status::read(&format!("/proc/{}/status", porter))?;
+    for name in ["CapEff", "CapPrm", "CapBnd"] {
+        same(&status.field(name)?, &KEPT).context(name)?;
+    }
+    same(&(status.field("NoNewPrivs")?, status.field("Seccomp")?), &("1", "2"))?;
+    let root = fs::metadata(format!("/proc/{}/root", porter))?;
+    let container_root = fs::metadata(format!("/proc/{}/root", container.pid))?;
+    same(&(root.dev(), root.ino()), &(container_root.dev(), container_root.ino()))
 }
 
 fn confined(container: &mut Container) -> Result<()> {

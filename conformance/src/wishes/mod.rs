@@ -40,6 +40,7 @@ mod resources;
 mod run;
 mod seccomp;
 mod settings;
+mod sockets;
 mod states;
 mod streams;
 mod systemd;
@@ -78,6 +79,7 @@ pub fn all() -> Vec<Case> {
             streams::cases(),
             environment::cases(),
             mounts::cases(),
+            sockets::cases(),
             mount_options::cases(),
             mount_order::cases(),
             kill::cases(),

@@ -1,7 +1,8 @@
 //! User namespaces: who is who inside, on disk, and on the host.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 
@@ -10,6 +11,7 @@ use serde_json::json;
 
 use super::jail::vmm;
 use super::run::same;
+use super::sockets::{CONNECT, with_perl};
 use crate::cases::{At, Case, wish};
 use crate::config::Config;
 use crate::container::Container;
@@ -19,6 +21,7 @@ use crate::world::World;
 pub fn cases() -> Vec<Case> {
     vec![
         wish(At::Vm, "users/ids-are-mapped-once", mapped),
+        wish(At::Vm, "users/sockets-of-the-host-see-mapped-ids", sockets),
         wish(At::Both, "users/mappings-that-cannot-be-are-refused", refused),
     ]
 }
@@ -44,6 +47,36 @@ pub fn shift(path: &Path) -> Result<()> {
         fs::read_dir(path)?.flatten().try_for_each(|entry| shift(&entry.path()))?;
     }
     Ok(())
+}
+
+/// A client's ids are the container's there, the host's here; and the host decides by those.
+fn sockets(world: &'static World) -> Result<()> {
+    let dir = world.make_dir("sockets")?;
+    let open = |name: &str, owner: u32, mode: u32| -> Result<UnixListener> {
+        let listener = UnixListener::bind(dir.join(name))?;
+        std::os::unix::fs::chown(dir.join(name), Some(owner), Some(owner))?;
+        fs::set_permissions(dir.join(name), fs::Permissions::from_mode(mode))?;
+        Ok(listener)
+    };
+    let all = open("all", 0, 0o666)?;
+    let _mapped = open("mapped", FIRST + 1000, 0o600)?;
+    let _roots = open("roots", 0, 0o600)?;
+    let config = with_users(with_perl(Config::idle())).bind(&dir, "/sockets", &[]);
+    let bundle = world.own_bundle(&config)?;
+    shift(&bundle.join("rootfs"))?;
+    let container = Container::of_bundle(world, bundle)?;
+    container.start()?;
+    let connect = |user: &str, name: &str| -> Result<String> {
+        let args = ["--user", user, &container.id, "perl", "-e", CONNECT, &format!("/sockets/{name}")];
+        let exec = world.command(&[&["exec"], &args[..]].concat());
+        Ok(process::run(exec, b"", world.patience())?.stderr.trim_end().to_string())
+    };
+    same(&connect("1000:1001", "all")?.as_str(), &"")?;
+    let who = rustix::net::sockopt::socket_peercred(&all.accept()?.0)?;
+    same(&(who.uid.as_raw(), who.gid.as_raw()), &(FIRST + 1000, FIRST + 1001))?;
+    same(&connect("1000:1001", "mapped")?.as_str(), &"")?;
+    same(&connect("1001:1001", "mapped")?.as_str(), &"Permission denied")?;
+    same(&connect("0:0", "roots")?.as_str(), &"Permission denied")
 }
 
 fn owner(path: &Path) -> Result<(u32, u32)> {

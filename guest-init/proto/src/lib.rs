@@ -5,6 +5,7 @@
 //! - [`message`]: what a message frame says: requests, outcomes, events.
 //! - [`container`]: what a request to build a container or a process holds.
 //! - [`credit`]: how much one side may send before the other has consumed it.
+//! - [`sockets`]: what is said about sockets of the host's that containers use.
 //!
 //! In: bytes and typed values. Out: typed values and bytes. Must not: do any I/O, look at a clock, or trust a peer.
 
@@ -12,6 +13,7 @@ pub mod container;
 pub mod credit;
 pub mod frame;
 pub mod message;
+pub mod sockets;
 
 pub use container::*;
 pub use credit::Window;

@@ -67,6 +67,20 @@ pub enum Request {
         /// Container id.
         container: String,
     },
+    /// Stand in for sockets of the host's inside a container. The connection owns it as a process, whose input are
+    /// [`crate::sockets::Order`]s and whose output are [`crate::sockets::Event`]s.
+    Sockets {
+        /// Container id.
+        container: String,
+    },
+    /// Go on with a client of such a socket. The connection owns it as a process: its input goes to the client, what
+    /// comes from there is its output.
+    Accept {
+        /// Container id.
+        container: String,
+        /// As [`crate::sockets::Event::Client`] called it.
+        client: u64,
+    },
     /// Run one more process in a container. The connection owns it.
     Exec {
         /// Container id.
@@ -334,6 +348,8 @@ mod tests {
         round_trip(Request::Unplug { container: id(), slot: 1, index: u32::MAX });
         round_trip(Request::Dial { container: id(), address: ([127, 0, 0, 1], 80).into() });
         round_trip(Request::Resolve { container: id() });
+        round_trip(Request::Sockets { container: id() });
+        round_trip(Request::Accept { container: id(), client: u64::MAX });
         round_trip(Request::Exec { container: id(), process: Box::new(process()), cgroup: "a/b".into() });
         round_trip(Request::Signal { container: id(), signal: 15, target: Target::All });
         round_trip(Request::Processes { container: id() });

@@ -24,6 +24,7 @@ use nix::unistd::{Pid, pipe2};
 use crate::boot::set;
 use crate::process::{Pipes, Side, arrange, become_idle, become_workload, fork, leave, words};
 use crate::shared_memory;
+use crate::sockets::{self, Sockets};
 use crate::stdio::{self, Stdio};
 use crate::terminal::{self, Terminal};
 use limits::Cgroup;
@@ -63,6 +64,8 @@ pub struct Container {
     user: Option<OwnedFd>,
     /// Whether its processes live among another container's: then the end of the first one does not end the others.
     pub is_among_others: bool,
+    /// What stands in for sockets of the host's.
+    sockets: Option<Sockets>,
 }
 
 /// A process just cloned: who it is, its streams, and the pipe on which it tells how it goes.
@@ -94,6 +97,7 @@ pub fn create(spec: &proto::Container, others: &HashMap<String, Container>) -> R
         mounts: File::open(format!("/proc/{}/ns/mnt", born.pid)).ok(),
         user,
         is_among_others: shared.has_pid(),
+        sockets: None,
     };
     Ok((container, born))
 }
@@ -115,7 +119,10 @@ fn bear(
         return Ok((Born { pid, stdio, status }, gate, user));
     }
     let entered = own_user.as_ref().map_or(Ok(()), User::enter_owned).and_then(|()| shared.enter());
-    let story = arrange(ends, Pipes { status: child_status, gate: Some(child_gate), user: child_user });
+    let story = arrange(
+        ends,
+        Pipes { status: child_status, gate: Some(child_gate), user: child_user, kept: Vec::new() },
+    );
     let start = Some((spec.hooks.as_slice(), &spec.state));
     match entered.and_then(|()| build(spec, cgroup)) {
         Ok(_) if spec.idle => become_idle(story),
@@ -192,7 +199,8 @@ impl Container {
             {
                 Ok((doors, user, Side::Child)) => {
                     let joined = limits::join(&doors).and_then(|()| set_personality(self.personality));
-                    let story = arrange(ends, Pipes { status: child_status, gate: None, user });
+                    let story =
+                        arrange(ends, Pipes { status: child_status, gate: None, user, kept: Vec::new() });
                     match joined.and_then(|()| terminal::of(process)) {
                         Ok(terminal) => {
                             become_workload(process, terminal, self.seccomp.as_ref(), story, None)
@@ -235,6 +243,18 @@ impl Container {
         Ok(user)
     }
 
+    /// Clones the process that stands in for sockets of the host's.
+    pub fn serve_sockets(&mut self) -> Result<Born> {
+        let (born, sockets) = sockets::serve(self.init)?;
+        self.sockets = Some(sockets);
+        Ok(born)
+    }
+
+    /// The process for sockets.
+    pub fn sockets(&self) -> Result<&Sockets> {
+        self.sockets.as_ref().context("no process stands in for sockets")
+    }
+
     /// Sends a signal to every process of the container.
     pub fn signal_all(&self, signal: i32) -> Result<(), Errno> {
         for pid in self.cgroup.pids() {
@@ -273,6 +293,9 @@ impl Container {
 
     /// Removes what the container leaves in the guest.
     pub fn remove(self) {
+        if let Some(sockets) = self.sockets {
+            sockets.end();
+        }
         // The device answers in order: once it has answered this, it has answered every release before it.
         let _ = nix::sys::statfs::statfs("/");
         drop(self.mounts);
@@ -303,7 +326,8 @@ fn read_story(status: &OwnedFd) -> String {
     }
 }
 
-fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
+/// A descriptor for a child of this process.
+pub fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
     use std::os::fd::FromRawFd;
     // SAFETY: pidfd_open takes plain numbers and returns a new descriptor or an error.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })

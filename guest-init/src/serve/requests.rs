@@ -32,6 +32,10 @@ impl Server {
             Request::Resolve { container } => {
                 self.bear(id, &container, |container| resolver::serve(container.init))
             }
+            Request::Sockets { container } => self.bear(id, &container, Container::serve_sockets),
+            Request::Accept { container, client } => {
+                self.bear_anyway(id, &container, |container| container.sockets()?.accept(client))
+            }
             Request::Exec { container, process, cgroup } => {
                 self.bear(id, &container, |container| container.exec(&process, &cgroup))
             }
@@ -125,24 +129,33 @@ impl Server {
         }
     }
 
-    /// Adds a process that the connection owns.
+    /// Adds a process that the connection owns, to a container that has not ended.
     fn bear(
         &mut self,
         id: u64,
         name: &str,
-        clone: impl FnOnce(&Container) -> Result<Born>,
+        clone: impl FnOnce(&mut Container) -> Result<Born>,
+    ) -> Option<Outcome> {
+        match self.containers.get(name).map(|container| container.state) {
+            Some(State::Stopped) => Some(Outcome::AlreadyExited),
+            Some(State::Creating) => {
+                Some(Outcome::Busy { reason: "the container is still being created".into() })
+            }
+            _ => self.bear_anyway(id, name, clone),
+        }
+    }
+
+    /// The same in any state: what a process has sent before its end must still arrive.
+    fn bear_anyway(
+        &mut self,
+        id: u64,
+        name: &str,
+        clone: impl FnOnce(&mut Container) -> Result<Born>,
     ) -> Option<Outcome> {
         if self.is_owner(id) {
             return Some(Outcome::Busy { reason: "the connection owns a process already".into() });
         }
-        let Some(container) = self.containers.get(name) else { return Some(Outcome::NotFound) };
-        match container.state {
-            State::Stopped => return Some(Outcome::AlreadyExited),
-            State::Creating => {
-                return Some(Outcome::Busy { reason: "the container is still being created".into() });
-            }
-            State::Created | State::Running => {}
-        }
+        let Some(container) = self.containers.get_mut(name) else { return Some(Outcome::NotFound) };
         match clone(container) {
             Ok(born) => {
                 let (pid, child) = Child::new(born, name, Role::Exec, id);
