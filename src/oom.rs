@@ -55,14 +55,22 @@ impl Teller {
         let vmm = vmm.map(|vmm| monitor::pid_of(vmm).context("the VMM's pid")).transpose()?;
         let spared = ["self".to_string()].into_iter().chain(vmm.map(|pid| pid.to_string()));
         let spared = spared.map(|process| score(&process)).collect::<Result<Vec<File>>>()?;
-        let (ours, theirs) = UnixStream::pair().context("socketpair")?;
+        let (mut ours, mut theirs) = UnixStream::pair().context("socketpair")?;
         // SAFETY: this process has one thread, so the child may run any code; it ends by _exit.
         match unsafe { fork() }.context("fork")? {
-            ForkResult::Parent { .. } => Ok(Teller(ours)),
+            ForkResult::Parent { .. } => {
+                drop(theirs);
+                // What it opens by path goes away when this process changes the root, which is the root of both.
+                ours.set_read_timeout(Some(TOLD))
+                    .and_then(|()| ours.read_exact(&mut [0]))
+                    .context("its start")?;
+                Ok(Teller(ours))
+            }
             ForkResult::Child => {
                 let served = score("self").and_then(|own| {
                     let work = Work { cgroup, bundle, spared, own };
                     work.confine(&theirs)?;
+                    theirs.write_all(b"r").context("tell the monitor")?;
                     work.serve(theirs)
                 });
                 vmm::quit(i32::from(served.is_err()))
@@ -106,6 +114,7 @@ impl Work {
             .and_then(|()| dup2_stdout(&null))
             .and_then(|()| dup2_stderr(&null))
             .context("streams")?;
+        drop(null);
         let files = [&self.bundle, &self.own].into_iter().chain(&self.spared).chain(&self.cgroup);
         let kept = files.map(AsRawFd::as_raw_fd).chain([monitor.as_raw_fd()]);
         jail::keep_only(&kept.collect::<Vec<RawFd>>());

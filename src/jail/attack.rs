@@ -148,7 +148,7 @@ fn enter_jail(host: &Host) -> OwnedFd {
     jail.enter().unwrap();
     confine_vmm().unwrap();
     landlock::confine(&[], &[] as &[OwnedFd]).unwrap();
-    let tree = open_tree(&Path::new(EXPORT).join(PLACE));
+    let tree = open_tree(&Path::new(EXPORT).join(exported(0)).join(PLACE));
     filter.load().unwrap();
     tree
 }

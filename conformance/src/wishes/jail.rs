@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::run::same;
 use crate::cases::{At, Case, Wish, sharing, wish};
@@ -61,6 +61,16 @@ struct Children {
 }
 
 fn children(container: &Container) -> Result<Children> {
+    let mut found = None;
+    // They name themselves once they run, which `create` does not wait for.
+    process::eventually("the monitor's children, known by their names", container.world.patience(), || {
+        found = look(container)?;
+        Ok(found.is_some())
+    })?;
+    found.context("the monitor's children")
+}
+
+fn look(container: &Container) -> Result<Option<Children>> {
     let path = format!("/proc/{0}/task/{0}/children", container.pid);
     let children = fs::read_to_string(&path).with_context(|| path.clone())?;
     let pids: Vec<i32> = children.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
@@ -72,13 +82,11 @@ fn children(container: &Container) -> Result<Children> {
     };
     let (vmms, others): (Vec<i32>, Vec<i32>) = pids.into_iter().partition(is_vmm);
     let (tellers, porters): (Vec<i32>, Vec<i32>) = others.into_iter().partition(is_teller);
-    match (vmms.as_slice(), tellers.as_slice(), porters.as_slice()) {
-        ([vmm], [teller], []) => Ok(Children { vmm: *vmm, teller: *teller, porter: None }),
-        ([vmm], [teller], [porter]) => Ok(Children { vmm: *vmm, teller: *teller, porter: Some(*porter) }),
-        _ => bail!(
-            "the monitor's children: {children}: VMMs {vmms:?}, tellers {tellers:?}, others {porters:?}"
-        ),
-    }
+    Ok(match (vmms.as_slice(), tellers.as_slice(), porters.as_slice()) {
+        (&[vmm], &[teller], []) => Some(Children { vmm, teller, porter: None }),
+        (&[vmm], &[teller], &[porter]) => Some(Children { vmm, teller, porter: Some(porter) }),
+        _ => None,
+    })
 }
 
 /// The VMM.
