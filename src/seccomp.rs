@@ -101,7 +101,7 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<proto::Seccomp> {
 }
 
 /// The work of [`compile`].
-pub fn translate(profile: &LinuxSeccomp) -> Result<proto::Seccomp> {
+fn translate(profile: &LinuxSeccomp) -> Result<proto::Seccomp> {
     let default = action(profile.default_action(), profile.default_errno_ret())
         .context("linux.seccomp.defaultAction")?;
     let mut filter = ScmpFilterContext::new(default).context("linux.seccomp.defaultAction")?;

@@ -3,7 +3,7 @@
 //! does not mind.
 #![no_main]
 
-use a3s_box_fuzz::seccomp::{ACTIONS, FLAGS, LISTENER_FLAG, OPERATORS, translate};
+use a3s_box_fuzz::seccomp::{ACTIONS, FLAGS, LISTENER_FLAG, OPERATORS, compile};
 use a3s_box_proto::MAX_FILTER;
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
@@ -45,7 +45,7 @@ const GETPID: u32 = libc::SYS_getpid as u32;
 fuzz_target!(|bytes: &[u8]| {
     let Ok(profile) = profile(&mut Unstructured::new(bytes)) else { return };
     let Ok(typed) = serde_json::from_value(profile.clone()) else { return };
-    let Ok(filter) = translate(&typed) else { return };
+    let Ok(filter) = compile(&typed) else { return };
     assert!((1..=MAX_FILTER).contains(&filter.program.len()));
     let default = profile["defaultAction"].as_str().unwrap_or_default();
     let errno = profile["defaultErrnoRet"].as_u64().unwrap_or(1) as u32;
@@ -78,7 +78,7 @@ fn profile(bytes: &mut Unstructured) -> Result<Value> {
         profile["flags"] = json!([bytes.choose(&flags)?]);
     }
     let mut rules = Vec::new();
-    // More on few names, and libseccomp takes minutes; `compile` gives up then.
+    // More on few names, and libseccomp takes minutes; `compile` gives up then, and few inputs should be such.
     while rules.len() < 12 && !bytes.is_empty() {
         rules.push(rule(bytes)?);
     }
