@@ -14,6 +14,14 @@ die() {
   exit 1
 }
 
+# find_qemu: into the array `qemu` how it is called: this system's, or what scripts/setup has put into the cache.
+qemu_root=$cache/qemu
+find_qemu() {
+  qemu=(qemu-system-x86_64)
+  [ ! -d "$qemu_root" ] || qemu=("$qemu_root/lib64/ld-linux-x86-64.so.2" --library-path "$qemu_root/usr/lib/x86_64-linux-gnu"
+    "$qemu_root/usr/bin/qemu-system-x86_64" -L "$qemu_root/usr/share/qemu" -L "$qemu_root/usr/share/seabios")
+}
+
 # The header comment of the running script.
 usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; }
 
