@@ -165,19 +165,20 @@ impl Relay<'_> {
     }
 
     fn receive(&mut self) -> Result<()> {
-        let alive = self.connection.receive().unwrap_or(false);
+        let received = self.connection.receive();
         self.take_frames()?;
-        if alive {
-            return Ok(());
+        match received {
+            Ok(true) => Ok(()),
+            Ok(false) => self.lost("connection closed"),
+            Err(error) => self.lost(&error.to_string()),
         }
-        self.connected = false;
-        self.lost()
     }
 
     /// Nothing more will come from the guest.
-    fn lost(&mut self) -> Result<()> {
+    fn lost(&mut self, how: &str) -> Result<()> {
+        self.connected = false;
         if self.exit.is_none() && self.post.vm.is_none() {
-            bail!("the VM ended before the process did");
+            bail!("the VM ended before the process did ({how})");
         }
         self.end(Stream::Stdout);
         self.end(Stream::Stderr);

@@ -77,16 +77,16 @@ impl Connection {
         }
     }
 
-    /// Writes what the socket takes. False means that the peer is gone or does not read.
-    pub fn flush(&mut self) -> bool {
+    /// Writes what the socket takes. An error means that the peer is gone or does not read.
+    pub fn flush(&mut self) -> Result<()> {
         while self.has_output() {
             match send(self.fd.as_raw_fd(), &self.out[self.sent..], MsgFlags::MSG_NOSIGNAL) {
                 Ok(n) => self.sent += n,
-                Err(Errno::EAGAIN) => return self.out.len() - self.sent < MAX_BACKLOG,
+                Err(Errno::EAGAIN) if self.out.len() - self.sent < MAX_BACKLOG => return Ok(()),
                 Err(Errno::EINTR) => {}
-                Err(_) => return false,
+                Err(errno) => bail!("send: {errno}"),
             }
         }
-        true
+        Ok(())
     }
 }

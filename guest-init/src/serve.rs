@@ -139,7 +139,7 @@ impl Server {
             }
             let mut connection = Connection::new(fd);
             connection.reply(&Reply::Greeting(greeting()));
-            connection.flush();
+            let _ = connection.flush();
             self.connections.insert(self.next_connection, connection);
             self.next_connection += 1;
         }
@@ -185,7 +185,10 @@ impl Server {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let mut alive = true;
         if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
-            alive = connection.receive().unwrap_or(false);
+            alive = connection.receive().unwrap_or_else(|error| {
+                eprintln!("guest-init: connection {id}: {error:#}");
+                false
+            });
         }
         loop {
             let frame = match self.connections.get_mut(&id).map(Connection::next_frame) {
@@ -293,12 +296,12 @@ impl Server {
                 self.drains.extend(left);
             }
         }
-        let lost: Vec<u64> = self
-            .connections
-            .iter_mut()
-            .filter_map(|(id, connection)| (!connection.flush()).then_some(*id))
-            .collect();
-        lost.into_iter().for_each(|id| self.lose(id));
+        let failed = |(id, connection): (&u64, &mut Connection)| Some((*id, connection.flush().err()?));
+        let lost: Vec<_> = self.connections.iter_mut().filter_map(failed).collect();
+        for (id, error) in lost {
+            eprintln!("guest-init: connection {id}: {error:#}");
+            self.lose(id);
+        }
         let over: Vec<Pid> =
             self.children.iter().filter(|(_, c)| c.is_over() && c.owner.is_none()).map(|(p, _)| *p).collect();
         over.into_iter().for_each(|pid| self.forget(pid));
