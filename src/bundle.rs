@@ -3,13 +3,20 @@
 //! In: a directory. Out: a [`Bundle`] that later stages may trust. Must not: change anything.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use oci_spec::runtime::Spec;
 
+use crate::log::sentence;
 use crate::plan::Machine;
 use crate::support;
+
+/// What a bundle without config.json needs.
+const SPEC: &str = "`a3s-box spec` writes one; --bundle names another directory";
+/// What one without a root file system needs.
+const UNPACK: &str = "unpack a root file system there, or let config.json name another directory";
 
 /// A bundle that passed every check that needs no plan.
 #[derive(Debug)]
@@ -30,15 +37,23 @@ pub struct Bundle {
 pub fn open(dir: &Path) -> Result<Bundle> {
     let dir = fs::canonicalize(dir).with_context(|| format!("bundle {}", dir.display()))?;
     let path = dir.join("config.json");
-    let text = fs::read(&path).with_context(|| format!("open {}", path.display()))?;
+    let text = fs::read(&path).map_err(|error| missing(error, &format!("open {}", path.display()), SPEC))?;
     let (spec, machine, warnings) = parse(&text, &path)?;
     let root = spec.root().as_ref().context("root: config.json gives no root file system")?;
     let rootfs = dir.join(root.path());
-    let metadata = fs::metadata(&rootfs).with_context(|| format!("root.path {}", rootfs.display()))?;
+    let shown = format!("root.path {}", rootfs.display());
+    let metadata = fs::metadata(&rootfs).map_err(|error| missing(error, &shown, UNPACK))?;
     if !metadata.is_dir() {
         bail!("root.path {}: not a directory", rootfs.display());
     }
     Ok(Bundle { dir, spec, machine, rootfs, warnings })
+}
+
+/// A file system's refusal, with the next step where it is only that something is not there.
+fn missing(error: io::Error, what: &str, step: &str) -> anyhow::Error {
+    let is_missing = error.kind() == io::ErrorKind::NotFound;
+    let step = if is_missing { format!(" ({step})") } else { String::new() };
+    anyhow!("{what}: {}{step}", sentence(&error.into()))
 }
 
 /// Reads the text of the config.json at `path`: what it asks for, its `vm` object, a line for each ignored field.

@@ -7,7 +7,7 @@
 //! [`krun`], or [`pod`] (a VM that is there); [`oom`] beside the monitor; [`proxy`] (the pid of a detached `exec`).
 //! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`]; [`courier`], [`sockets`].
 //! [`commands`] strings them together, one file a verb. [`log`] is the one voice, [`timeline`] remembers a start, [`patience`]
-//! bounds what may hang.
+//! bounds what may hang, [`kvm`] says what a host lacks.
 
 mod bundle;
 mod cgroup;
@@ -21,6 +21,7 @@ mod hooks;
 mod jail;
 #[cfg(not(feature = "local-guest"))]
 mod krun;
+mod kvm;
 #[cfg(feature = "local-guest")]
 mod local;
 mod log;

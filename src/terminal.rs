@@ -33,7 +33,9 @@ pub fn check(wanted: bool, detached: bool, socket: Option<&Path>) -> Result<()> 
             bail!("cannot use console socket if a3s-box will not detach or allocate tty")
         }
         None if wanted && own().is_none() => {
-            bail!("process.terminal true: none of standard input, output and error is a terminal")
+            bail!(
+                "process.terminal true: none of standard input, output and error is a terminal (false in config.json goes without)"
+            )
         }
         _ => Ok(()),
     }

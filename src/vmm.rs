@@ -30,6 +30,7 @@ use crate::guest::SOCKET;
 use crate::jail::seccomp::Filter;
 use crate::jail::tree::Export;
 use crate::jail::{self, Jail};
+use crate::kvm::{self, Trouble};
 use crate::log::sentence;
 use crate::net;
 use crate::plan::{self, Vm, vm::Network};
@@ -206,19 +207,18 @@ impl Vmm {
 
 /// Whether this host lets us try: the node is there, may be opened, and is KVM's.
 pub fn usable() -> Result<()> {
-    // linux/kvm.h: an ioctl without argument, whose answer never changed since Linux 2.6.22.
-    const KVM_GET_API_VERSION: libc::Ioctl = 0xae00;
-    const KVM_API_VERSION: libc::c_int = 12;
-    for node in NODES {
-        let shown = || format!("{node}: needed for every VM (`a3s-box check` says more)");
-        let opened = std::fs::File::options().read(true).write(true).open(node).with_context(shown)?;
-        // KVM refuses an argument other than 0, which is what a register may hold that nobody set.
-        // SAFETY: the ioctl takes a plain number and writes nowhere.
-        if unsafe { libc::ioctl(opened.as_raw_fd(), KVM_GET_API_VERSION, 0) } != KVM_API_VERSION {
-            return Err(anyhow!("it is not KVM").context(shown()));
-        }
-    }
-    Ok(())
+    look().map_err(|trouble| {
+        anyhow!(
+            "{}, and no VM runs without it: {} (`a3s-box check` looks further)",
+            trouble.found,
+            trouble.advice
+        )
+    })
+}
+
+/// The same, in two parts.
+pub fn look() -> std::result::Result<(), Trouble> {
+    NODES.iter().try_for_each(|node| kvm::look(node))
 }
 
 /// Takes the device nodes out of a VMM's jail, from outside: it has opened what it needs by the time a guest greets.

@@ -3,6 +3,7 @@
 //! The last word is a probe: a /dev/kvm that only looks alive is found out by booting the guest kernel to its init.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -42,10 +43,10 @@ struct Finding {
 pub fn check(context: &super::Context, args: &cli::Check) -> Result<i32> {
     let config = config::load(context.config.as_deref())?;
     let libkrunfw = config.settings().libkrunfw;
-    let mut findings = vec![kvm(), firmware(libkrunfw.as_deref())];
+    let mut findings = vec![kernel(), kvm(), firmware(libkrunfw.as_deref())];
     let hopeful = findings.iter().all(|finding| finding.ok);
     findings.push(boots(hopeful, Duration::from_secs(args.timeout), libkrunfw));
-    findings.extend([tap(), cgroups(), landlock(), user_namespaces(), memory()]);
+    findings.extend([tap(), cgroups(), landlock(), selinux(), user_namespaces(), memory()]);
     let able = findings.iter().all(|finding| finding.ok || !finding.needed);
     let text = match args.format {
         Format::Json => {
@@ -100,13 +101,34 @@ fn finding(name: &'static str, needed: bool, result: Result<String>, advice: &st
 }
 
 fn kvm() -> Finding {
-    let result = vmm::usable().map(|()| "present, may be opened".into());
-    let advice = if Path::new("/dev/kvm").exists() {
-        "you may not open /dev/kvm: run as root, or join the group that owns it (`usermod -aG kvm $USER`, then log in anew)"
-    } else {
-        "load the module (`modprobe kvm_intel` or `modprobe kvm_amd`); if that fails, switch virtualization on in the firmware, or nested virtualization on this machine's own host"
+    match vmm::look() {
+        Ok(()) => finding("/dev/kvm", true, Ok("present, may be opened".into()), ""),
+        Err(trouble) => finding("/dev/kvm", true, Err(anyhow!(trouble.found)), trouble.advice),
+    }
+}
+
+/// The youngest of the system calls without which nothing runs is mount_setattr.
+fn kernel() -> Finding {
+    const LEAST: (u32, u32) = (5, 12);
+    let release = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned());
+    let release = release.unwrap_or_default();
+    let result = match numbers(&release) {
+        Some(version) if version < LEAST => {
+            Err(anyhow!("Linux {release}, older than {}.{}", LEAST.0, LEAST.1))
+        }
+        _ => Ok(format!("Linux {release}")),
     };
-    finding("/dev/kvm", true, result, advice)
+    finding(
+        "host kernel",
+        true,
+        result,
+        "install a newer kernel of the distribution's (a backport, an HWE kernel) and boot it",
+    )
+}
+
+fn numbers(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 fn firmware(path: Option<&Path>) -> Finding {
@@ -117,9 +139,12 @@ fn firmware(path: Option<&Path>) -> Finding {
 }
 
 fn boots(hopeful: bool, wait: Duration, libkrunfw: Option<PathBuf>) -> Finding {
-    let result = if hopeful { probe(wait, libkrunfw) } else { Err(anyhow!("not tried: see above")) };
+    if !hopeful {
+        let advice = "it boots the guest kernel once what stands above is in order";
+        return finding("probe VM", true, Err(anyhow!("not tried: see above")), advice);
+    }
     let advice = "the guest kernel does not come up on this host's KVM: it may be nested without hardware support, or emulated; try bare metal, or a host with nested virtualization";
-    finding("probe VM", true, result, advice)
+    finding("probe VM", true, probe(wait, libkrunfw), advice)
 }
 
 /// Boots the guest kernel to guest-init's greeting over vsock, and ends it.
@@ -184,8 +209,14 @@ impl Drop for ProbeDir {
 
 fn tap() -> Finding {
     let open = fs::File::options().read(true).write(true).open("/dev/net/tun");
+    let advice = match &open {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            "run as root: without, a VM's network is loopback, or sockets made on the host"
+        }
+        _ => "load the module (`modprobe tun`): a VM's network interface needs it",
+    };
     let result = open.map(|_| "/dev/net/tun may be opened".into()).context("/dev/net/tun");
-    finding("tap", false, result, "load the module (`modprobe tun`): a VM's network interface needs it")
+    finding("tap", false, result, advice)
 }
 
 fn cgroups() -> Finding {
@@ -212,6 +243,16 @@ fn landlock() -> Finding {
     };
     let advice = "a second wall around a VMM's files is missing: use Linux 5.19 or newer with CONFIG_SECURITY_LANDLOCK, and `landlock` in the lsm= list of its command line";
     finding("Landlock", false, result, advice)
+}
+
+fn selinux() -> Finding {
+    let result = match fs::read_to_string("/sys/fs/selinux/enforce").as_deref().map(str::trim) {
+        Ok("1") => Err(anyhow!("enforcing: a VMM that an engine labels container_t may not open /dev/kvm")),
+        Ok(_) => Ok("permissive".into()),
+        Err(_) => Ok("not in use".into()),
+    };
+    let advice = "podman labels it container_kvm_t once `a3s-box-engines podman` has told it to; with another engine allow it: `setsebool -P container_use_devices on`";
+    finding("SELinux", false, result, advice)
 }
 
 fn user_namespaces() -> Finding {
@@ -243,4 +284,17 @@ fn memory() -> Finding {
         None => Err(anyhow!("/proc/meminfo does not say")),
     };
     finding("memory", true, result, "free some memory, or give this machine more")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_are_compared_by_their_first_two_numbers() {
+        assert_eq!(numbers("6.12.48+deb13-amd64"), Some((6, 12)));
+        assert_eq!(numbers("5.4.0-81-generic"), Some((5, 4)));
+        assert!(numbers("5.9") < numbers("5.12"));
+        assert_eq!(numbers(""), None);
+    }
 }

@@ -20,6 +20,8 @@ use rustix::fs::{AtFlags, CWD, MemfdFlags, Mode, OFlags};
 const FIRMWARE_SONAME: &str = "libkrunfw.so.5";
 /// Where libkrunfw's own `make install` puts it, which ld.so often does not search.
 const FIRMWARE_DIRS: [&str; 2] = ["/usr/local/lib64", "/usr/local/lib"];
+/// How the dynamic linker's word for a missing library ends.
+const NOT_THERE: &str = "No such file or directory";
 
 /// The guest kernel's library, as `check` shows it.
 #[derive(Debug)]
@@ -71,9 +73,16 @@ impl GuestKernel {
                 Err(error) => reasons.push(error.to_string()),
             }
         }
+        // Three times the same words say less than one's own.
+        if explicit.is_none() && reasons.iter().all(|reason| reason.ends_with(NOT_THERE)) {
+            reasons = vec![format!(
+                "{FIRMWARE_SONAME} is neither where the dynamic linker looks nor in {}",
+                FIRMWARE_DIRS.join(" or ")
+            )];
+        }
         bail!(
-            "no guest kernel ({}): install libkrunfw (package libkrunfw5 on Debian and Ubuntu, libkrunfw on \
-             Fedora, Arch and openSUSE) or configure its path",
+            "no guest kernel ({}): install libkrunfw (package libkrunfw5 in Debian forky and newer, libkrunfw in \
+             Fedora, Arch and openSUSE), or configure the path of one (libkrunfw in /etc/a3s-box/config.toml)",
             reasons.join("; ")
         )
     }
