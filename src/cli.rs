@@ -6,6 +6,8 @@
 mod man;
 #[path = "cli/normalize.rs"]
 mod normalize;
+#[cfg(test)]
+mod readme;
 #[path = "cli/update.rs"]
 mod update;
 
