@@ -3,13 +3,15 @@
 //! Knows nothing of the runtime's code: it makes bundles, runs commands, looks at what they print and what they leave.
 //! [`cases`] runs the tests, [`wishes`] and [`engines`] hold them, [`requirements`] says what they are for, [`profile`] where
 //! a runtime differs, [`report`] tells; [`world`], [`container`] and [`config`] are what they are made of; [`process`] keeps
-//! a hanging command from hanging the suite, [`pty`] is a terminal to type on; [`leaks`] counts what is left at the end.
+//! a hanging command from hanging the suite, [`pty`] is a terminal to type on, [`documents`] what users are told to type;
+//! [`leaks`] counts what is left at the end.
 
 #![forbid(unsafe_code)]
 
 mod cases;
 mod config;
 mod container;
+mod documents;
 mod engines;
 mod leaks;
 mod options;

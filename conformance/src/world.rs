@@ -28,6 +28,8 @@ pub struct World {
     pub full: bool,
     /// What puts the runtime and engines' configuration in place, where it was given.
     pub installer: Option<PathBuf>,
+    /// The runtime's Debian package, where it was given.
+    pub package: Option<PathBuf>,
     /// Everything the suite makes lies here, apart from cgroups.
     pub dir: PathBuf,
     /// The state directory given to the runtime.
@@ -53,6 +55,7 @@ impl World {
             level,
             full: options.full,
             installer: options.installer.clone(),
+            package: options.package.clone(),
             root: dir.join("state"),
             original: options.busybox.clone(),
             busybox: dir.join("busybox"),

@@ -59,20 +59,6 @@ impl Installed {
     fn binary(&self) -> String {
         self.prefix.join("bin").join(NAME).display().to_string()
     }
-
-    fn engine(&self, name: &str, program: &[&str]) -> Result<Engine> {
-        Ok(Engine {
-            world: self.world,
-            dir: self.world.make_dir(name)?,
-            program: program.iter().map(|word| word.to_string()).collect(),
-            env: vec![],
-            runtime: NAME.into(),
-            daemon: None,
-            pids: &[],
-            clear: &["--version"],
-            tidy: "ip link delete docker0 2>/dev/null",
-        })
-    }
 }
 
 impl Drop for Installed {
@@ -103,11 +89,27 @@ fn runs(engine: &Engine) -> Result<()> {
     same(&release, &engine.world.run_config(&crate::config::Config::new(&["uname", "-r"]))?)
 }
 
-fn docker(installed: &mut Installed) -> Result<()> {
-    let mut engine = installed.engine("docker", &["docker"])?;
+/// An engine that knows of the runtime by the machine's own configuration alone.
+fn engine(world: &'static World, program: &str) -> Result<Engine> {
+    Ok(Engine {
+        world,
+        dir: world.make_dir(program)?,
+        program: vec![program.into()],
+        env: vec![],
+        runtime: NAME.into(),
+        daemon: None,
+        pids: &[],
+        clear: &["--version"],
+        tidy: "ip link delete docker0 2>/dev/null",
+    })
+}
+
+/// docker with a daemon, a state of its own, and the image.
+pub fn docker_engine(world: &'static World) -> Result<Engine> {
+    let mut engine = engine(world, "docker")?;
     let dir = engine.dir.display().to_string();
     let socket = format!("unix://{dir}/sock");
-    engine.program.extend(["--host".into(), socket.clone()]);
+    engine.env = vec![("DOCKER_HOST".into(), socket.clone())];
     let mut dockerd = Command::new("dockerd");
     dockerd.args(["--data-root", &format!("{dir}/data"), "--exec-root", &format!("{dir}/exec")]);
     dockerd.args(["--pidfile", &format!("{dir}/pid"), "--host", &socket, "--ip6tables=false"]);
@@ -115,26 +117,44 @@ fn docker(installed: &mut Installed) -> Result<()> {
         dockerd.args(["--exec-opt", "native.cgroupdriver=cgroupfs"]);
     }
     engine.start_daemon(dockerd, &["version"])?;
-    let known = engine.ok(&["info", "--format", "{{json .Runtimes}}"])?;
-    ensure!(known.contains(&installed.binary()), "it knows {known}");
     engine.import()?;
-    runs(&engine)
+    Ok(engine)
 }
 
-fn podman(installed: &mut Installed) -> Result<()> {
-    let mut engine = installed.engine("podman", &["podman"])?;
+/// podman with a state of its own, and the image.
+pub fn podman_engine(world: &'static World) -> Result<Engine> {
+    let mut engine = engine(world, "podman")?;
     let at = |name: &str| engine.dir.join(name).display().to_string();
     let manager = if has_systemd() { "systemd" } else { "cgroupfs" };
     // Only what this machine lacks; whatever else it reads is where it is by default.
     let settings = format!(
-        "[containers]\nlog_driver = \"k8s-file\"\n[engine]\ncgroup_manager = \"{manager}\"\nevents_logger = \"file\"\n"
+        "[containers]\nlog_driver = \"k8s-file\"\n[engine]\ncgroup_manager = \"{manager}\"\nevents_logger = \"file\"\n\
+         tmp_dir = {:?}\n",
+        at("tmp")
     );
     fs::write(engine.dir.join("override.conf"), settings)?;
-    engine.env = vec![("CONTAINERS_CONF_OVERRIDE".into(), at("override.conf"))];
-    let places = [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")];
-    let places: Vec<String> = places.iter().map(|(flag, name)| format!("{flag}={}", at(name))).collect();
-    engine.program.extend(places);
+    let storage =
+        format!("[storage]\ndriver = \"overlay\"\ngraphroot = {:?}\nrunroot = {:?}\n", at("root"), at("run"));
+    fs::write(engine.dir.join("storage.conf"), storage)?;
+    engine.env = vec![
+        ("CONTAINERS_CONF_OVERRIDE".into(), at("override.conf")),
+        ("CONTAINERS_STORAGE_CONF".into(), at("storage.conf")),
+    ];
+    // Its networks' namespaces lie there.
+    engine.tidy = "umount /run/netns 2>/dev/null; ip link delete podman0 2>/dev/null";
     engine.import()?;
+    Ok(engine)
+}
+
+fn docker(installed: &mut Installed) -> Result<()> {
+    let engine = docker_engine(installed.world)?;
+    let known = engine.ok(&["info", "--format", "{{json .Runtimes}}"])?;
+    ensure!(known.contains(&installed.binary()), "it knows {known}");
+    runs(&engine)
+}
+
+fn podman(installed: &mut Installed) -> Result<()> {
+    let mut engine = podman_engine(installed.world)?;
     runs(&engine)?;
     engine.program.push(format!("--runtime={NAME}"));
     let info = engine.ok(&["info", "--format", "{{.Host.OCIRuntime.Path}}"])?;
@@ -143,7 +163,7 @@ fn podman(installed: &mut Installed) -> Result<()> {
 
 /// Its CRI plugin is what the handler is for; `ctr` names the binary itself.
 fn containerd(installed: &mut Installed) -> Result<()> {
-    let engine = installed.engine("containerd", &["containerd"])?;
+    let engine = engine(installed.world, "containerd")?;
     let settings = engine.ok(&["config", "dump"])?;
     // What the machine's own file says still holds.
     ensure!(settings.contains("'/usr/lib/cni'"), "its CNI plugins are elsewhere: {settings}");

@@ -11,14 +11,17 @@ mod docker;
 mod engine;
 mod install;
 mod networks;
+mod package;
 mod podman;
 mod terminals;
 mod users;
 
 use crate::cases::Case;
 
+pub use engine::archive;
+
 /// Every engine's wishes.
 pub fn all() -> Vec<Case> {
     let engines = [docker::cases(), podman::cases(), containerd::cases(), conmon::cases(), install::cases()];
-    engines.into_iter().chain([networks::cases(), cni::cases()]).flatten().collect()
+    engines.into_iter().chain([networks::cases(), cni::cases(), package::cases()]).flatten().collect()
 }

@@ -10,6 +10,7 @@ mod death;
 mod detach;
 mod engines;
 mod environment;
+mod examples;
 mod exec;
 mod fields;
 mod hooks;
@@ -100,6 +101,7 @@ pub fn all() -> Vec<Case> {
             own_kernel::cases(),
             not_everywhere::cases(),
             engines::cases(),
+            examples::cases(),
             update::cases(),
             listing::cases(),
             bad_input::cases(),
