@@ -11,6 +11,8 @@ use super::create::{Attendance, bear};
 use super::{Context, delete, start};
 use crate::bundle::Bundle;
 use crate::cli::Engine;
+use crate::config;
+use crate::plan::vm::{DEFAULT_MEMORY_MIB, DEFAULT_VCPUS};
 use crate::plan::{self, Machine, Vm};
 use crate::pod::{self, Sandbox};
 use crate::sandbox::Absent;
@@ -46,10 +48,14 @@ pub fn find(
 
 fn make(context: &Context, id: &str, member: (&Bundle, &Vm), signals: Option<&SignalFd>) -> Result<()> {
     let (bundle, vm) = member;
+    let host = config::load(context.config.as_deref())?.settings();
+    // Room for what the member asks for, and no less than for any container.
+    let vcpus = vm.vcpus.max(host.vcpus.unwrap_or(DEFAULT_VCPUS));
+    let memory_mib = vm.memory_mib.max(host.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB));
     let holder = Bundle {
         dir: bundle.dir.clone(),
-        spec: plan::pod::sandbox_of(&bundle.spec, id, vm)?,
-        machine: Machine::default(),
+        spec: plan::pod::sandbox_of(&bundle.spec, id)?,
+        machine: Machine::of_size(vcpus, memory_mib),
         rootfs: context.store.root_of(id)?,
         warnings: Vec::new(),
     };

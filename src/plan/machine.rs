@@ -68,6 +68,12 @@ impl Machine {
         Ok(machine)
     }
 
+    /// One that asks for a size alone.
+    pub fn of_size(vcpus: u8, memory_mib: u32) -> Self {
+        let hw_config = HwConfig { vcpus: Some(vcpus.into()), memory: Some(i64::from(memory_mib) << 20) };
+        Machine { hw_config, ..Machine::default() }
+    }
+
     /// The kernel, where it is anything but the configured one as it is.
     pub fn kernel(&self) -> Option<&Kernel> {
         Some(&self.kernel).filter(|kernel| **kernel != Kernel::default())
@@ -135,6 +141,8 @@ mod tests {
 
     #[test]
     fn sizes_and_words() {
+        let sized = Machine::of_size(3, u32::MAX);
+        assert_eq!((sized.vcpus().unwrap(), sized.memory_mib().unwrap()), (Some(3), Some(u32::MAX)));
         let machine = read(json!({
             "kernel": {"path": "/boot/vmlinux", "parameters": ["quiet", "a.b=c,d"], "initrd": "/boot/initrd"},
             "hwConfig": {"vcpus": 3, "memory": 268_435_457}

@@ -11,7 +11,6 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use serde_json::{Map, Value, json};
 
 use super::cgroup::OWN_PARENT;
-use super::vm::{DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, Vm};
 use crate::sandbox;
 
 const CONTAINERD: &str = "io.kubernetes.cri.sandbox-";
@@ -48,21 +47,14 @@ pub fn limits(annotations: &HashMap<String, String>) -> Result<LinuxResources> {
     serde_json::from_value(limits).context("the pod's limits")
 }
 
-/// config.json of the sandbox that a member's engine does not make. Its VM has room for what the member asks for, and
-/// no less than for any container.
-pub fn sandbox_of(member: &Spec, id: &str, vm: &Vm) -> Result<Spec> {
+/// config.json of the sandbox that a member's engine does not make.
+pub fn sandbox_of(member: &Spec, id: &str) -> Result<Spec> {
     let mut spec = serde_json::to_value(member).context("config.json")?;
     let take = |value: &mut Value, name: &str| value.get_mut(name).map(Value::take).unwrap_or_default();
     let mut annotations: Map<String, Value> = match take(&mut spec, "annotations") {
         Value::Object(all) => all.into_iter().filter(|(name, _)| name.starts_with("a3s.box/")).collect(),
         _ => Map::new(),
     };
-    for (name, value) in [
-        ("a3s.box/vcpus", u32::from(vm.vcpus.max(DEFAULT_VCPUS))),
-        ("a3s.box/memory-mib", vm.memory_mib.max(DEFAULT_MEMORY_MIB)),
-    ] {
-        annotations.entry(name).or_insert_with(|| value.to_string().into());
-    }
     annotations.insert(sandbox::CRIO_TYPE.into(), "sandbox".into());
     annotations.insert(sandbox::CRIO_ID.into(), id.into());
     let mut linux = take(&mut spec, "linux");
@@ -112,11 +104,10 @@ mod tests {
                 "namespaces": [{"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "network", "path": "/run/netns/x"}],
             });
         });
-        let sandbox = sandbox_of(&member, "s1", &Vm { vcpus: 5, ..Vm::default() }).unwrap();
+        let sandbox = sandbox_of(&member, "s1").unwrap();
         let value = serde_json::to_value(&sandbox).unwrap();
         assert_eq!(sandbox::role(sandbox.annotations().as_ref().unwrap()).unwrap(), sandbox::Role::Sandbox);
         assert_eq!(value["annotations"]["a3s.box/memory-mib"], "300");
-        assert_eq!(value["annotations"]["a3s.box/vcpus"], "5");
         assert_eq!(value["linux"]["cgroupsPath"], "/kubepods/pod1/a3s-box-s1");
         assert_eq!(
             value["linux"]["namespaces"],
