@@ -18,11 +18,12 @@ use crate::world::World;
 pub const DOCKERFILE: &str = "FROM localhost/box:1\nCOPY file /file\nRUN uname -r >/release\nUSER 7\n\
     RUN id -u >/tmp/who\nCMD cat /release /tmp/who /file\n";
 
-const WISHES: [Wish<Engine>; 5] = [
+const WISHES: [Wish<Engine>; 6] = [
     ("docker/healthcheck-follows-the-container", users::healthcheck),
     ("docker/containers-outlive-a-killed-daemon", live_restore),
     ("docker/builds-by-buildkit-and-without", builds),
     ("docker/compose-up-and-down", compose),
+    ("docker/its-own-socket-answers-in-a-container", own_socket),
     ("docker/info-tells-the-default-runtimes-version", info),
 ];
 
@@ -71,6 +72,16 @@ fn start(engine: &mut Engine) -> Result<()> {
         // BuildKit inside it does not know of runtimes.
         .env("DOCKER_BUILDKIT_RUNC_COMMAND", &engine.world.runtime);
     engine.start_daemon(dockerd, &["version"])
+}
+
+fn own_socket(engine: &mut Engine) -> Result<()> {
+    let volume = format!("{}/sock:/var/run/docker.sock", engine.dir.display());
+    let ask = "use IO::Socket::UNIX; $s = IO::Socket::UNIX->new('/var/run/docker.sock') or die $!;
+        print $s \"GET /version HTTP/1.0\\r\\n\\r\\n\"; print <$s>";
+    let asked = process::run(engine.perl(&["--volume", &volume], ask)?, b"", engine.world.patience())?;
+    let said = asked.code(0)?.text();
+    ensure!(said.contains(" 200 OK") && said.contains("\"ApiVersion\""), "{said}");
+    Ok(())
 }
 
 fn live_restore(engine: &mut Engine) -> Result<()> {

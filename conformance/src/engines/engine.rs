@@ -111,6 +111,24 @@ impl Engine {
         Ok(())
     }
 
+    /// `run` of a perl script, which the image has not: Debian's, from a volume.
+    pub fn perl(&self, flags: &[&str], script: &str) -> Result<Command> {
+        let volume = format!("{}:/debian:ro", self.world.debian()?.display());
+        let flags = [flags, &["--rm", "--volume", &volume]].concat();
+        let (lib, base) =
+            ("/debian/usr/lib/x86_64-linux-gnu", "-I/debian/usr/lib/x86_64-linux-gnu/perl-base");
+        let call = [
+            &format!("{lib}/ld-linux-x86-64.so.2"),
+            "--library-path",
+            lib,
+            "/debian/usr/bin/perl",
+            base,
+            "-e",
+            script,
+        ];
+        Ok(self.command(&self.making("run", &flags, &call)))
+    }
+
     /// Gives it the image.
     pub fn import(&self) -> Result<()> {
         let import = self.command(&["import", "--change", "CMD sh", "-", IMAGE]);

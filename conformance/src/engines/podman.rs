@@ -1,9 +1,10 @@
 //! podman with conmon, the runtime by containers.conf.
 
 use std::fs;
+use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rustix::process::Signal;
 
 use super::docker::DOCKERFILE;
@@ -14,9 +15,10 @@ use crate::process;
 use crate::wishes::same;
 use crate::world::World;
 
-const WISHES: [Wish<Engine>; 4] = [
+const WISHES: [Wish<Engine>; 5] = [
     ("podman/containers-of-a-pod-live-in-its-vm", pod),
     ("podman/healthcheck-run-is-an-exec", healthcheck),
+    ("podman/sdnotify-by-the-container-arrives", sdnotify),
     ("podman/a-container-outlives-a-killed-client", killed_client),
     ("podman/builds-and-buildah-run-by-it", builds),
 ];
@@ -81,6 +83,25 @@ fn healthcheck(engine: &mut Engine) -> Result<()> {
     engine.call(&["healthcheck", "run", &name])?.code(0)?;
     same(&engine.sh(&name, "echo well")?, &"well".into())?;
     engine.remove(&name)
+}
+
+/// The container says when it is ready, and conmon passes that on.
+fn sdnotify(engine: &mut Engine) -> Result<()> {
+    let socket = engine.dir.join("notify.sock");
+    let manager = UnixDatagram::bind(&socket)?;
+    manager.set_read_timeout(Some(engine.world.patience()))?;
+    let say = "use Socket; socket S, AF_UNIX, SOCK_DGRAM, 0;
+        send(S, 'READY=1', 0, pack_sockaddr_un($ENV{NOTIFY_SOCKET})) or die $!";
+    let mut command = engine.perl(&["--sdnotify", "container"], say)?;
+    command.env("NOTIFY_SOCKET", &socket);
+    process::run(command, b"", engine.world.patience())?.code(0)?;
+    let mut buffer = [0; 4096];
+    let mut said = String::new();
+    while !said.contains("READY=1") {
+        let count = manager.recv(&mut buffer).with_context(|| format!("no READY=1 after {said:?}"))?;
+        said += &String::from_utf8_lossy(&buffer[..count]);
+    }
+    Ok(())
 }
 
 /// podman has no daemon: whoever has called `run` may die.
