@@ -76,7 +76,7 @@ const ARCHITECTURES: [Arch; 24] = [
     Arch::ScmpArchSheb,
 ];
 
-/// How long libseccomp may take. Most profiles take milliseconds; with a few dozen rules that compare arguments of one
+/// How long libseccomp may compute. Most profiles take milliseconds; with a few dozen rules that compare arguments of one
 /// call in many ways, its trees grow beyond all bounds.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -96,7 +96,7 @@ pub fn architectures() -> Vec<String> {
 /// Compiles a profile.
 pub fn compile(profile: &LinuxSeccomp) -> Result<proto::Seccomp> {
     let profile = profile.clone();
-    patience::within(PATIENCE, move || translate(&profile))
+    patience::within_work(PATIENCE, move || translate(&profile))
         .with_context(|| format!("linux.seccomp: it cannot be compiled within {} s", PATIENCE.as_secs()))?
 }
 
