@@ -332,10 +332,16 @@ fn prepare(mut plan: Plan, dir: &Path, opened: Opened, outside: &str, reporter: 
     set_oom_score(plan.guest.process.oom_score_adj)?;
     joined.enter()?;
     jail::make_slave()?;
-    if plan.namespaces.uts == Namespace::New
-        && let Some(hostname) = &plan.guest.hostname
-    {
-        nix::unistd::sethostname(hostname).context("hostname")?;
+    match &plan.guest.hostname {
+        Some(hostname) if plan.namespaces.uts == Namespace::New => {
+            nix::unistd::sethostname(hostname).context("hostname")?;
+        }
+        // What it would have here: the host's, or that of the namespace that it joins.
+        None if home.is_none() => {
+            let name = nix::sys::utsname::uname().context("hostname")?;
+            plan.guest.hostname = Some(name.nodename().to_string_lossy().into_owned());
+        }
+        _ => {}
     }
     let own = if home.is_none() { Some(start_vm(&plan, dir, user.as_ref(), reporter)?) } else { None };
     let vmm = own.as_ref().map(|vm| vm.vmm.pidfd());
