@@ -156,8 +156,12 @@ impl Connection {
                 bail!("timed out");
             }
             self.stream.set_read_timeout(Some(left))?;
-            if !self.receive()? {
-                bail!("the guest closed the connection");
+            match self.receive() {
+                Ok(true) => {}
+                Ok(false) => bail!("the guest closed the connection"),
+                // Its time is over, which is seen above.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
             }
         }
     }
