@@ -35,6 +35,11 @@ impl Config {
         }))
     }
 
+    /// Any document.
+    pub fn of(document: Value) -> Self {
+        Config(document)
+    }
+
     /// A shell script as the container's process.
     pub fn sh(script: &str) -> Self {
         Config::new(&["sh", "-c", script])

@@ -7,6 +7,7 @@
 mod cni;
 mod conmon;
 mod containerd;
+mod cri;
 mod docker;
 mod engine;
 mod install;
@@ -23,5 +24,6 @@ pub use engine::archive;
 /// Every engine's wishes.
 pub fn all() -> Vec<Case> {
     let engines = [docker::cases(), podman::cases(), containerd::cases(), conmon::cases(), install::cases()];
-    engines.into_iter().chain([networks::cases(), cni::cases(), package::cases()]).flatten().collect()
+    let more = [networks::cases(), cni::cases(), package::cases(), cri::cases()];
+    engines.into_iter().chain(more).flatten().collect()
 }
