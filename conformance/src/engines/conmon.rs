@@ -32,9 +32,11 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// A container as CRI-O has one. Dropped, it is deleted by force.
-struct Pod {
-    world: &'static World,
-    id: String,
+pub struct Pod {
+    /// The surroundings.
+    pub world: &'static World,
+    /// Its id.
+    pub id: String,
     bundle: PathBuf,
 }
 
@@ -42,7 +44,12 @@ impl Pod {
     fn set_up(world: &'static World) -> Result<Self> {
         let config =
             Config::sh("echo started; echo complaint >&2; trap 'exit 9' TERM; while :; do sleep 0.1; done");
-        let pod = Pod { world, id: world.name("crio"), bundle: world.bundle(&config)? };
+        Pod::start(world, world.name("crio"), &config)
+    }
+
+    /// Makes one and starts it.
+    pub fn start(world: &'static World, id: String, config: &Config) -> Result<Self> {
+        let pod = Pod { world, id, bundle: world.bundle(config)? };
         let output = pod.conmon(&pod.bundle, &[])?.code(0)?;
         let told = pod.told(&pod.bundle)?;
         ensure!(told["pid"].as_i64().is_some_and(|pid| pid > 0), "conmon told {told}; {}", output.stderr);
@@ -85,6 +92,27 @@ impl Pod {
 
     fn ok(&self, args: &[&str]) -> Result<String> {
         Ok(self.world.call(args)?.code(0)?.text())
+    }
+
+    /// Runs a script in it as `kubectl exec` does.
+    pub fn sh(&self, script: &str, input: &str, code: i32) -> Result<Output> {
+        let dir = self.world.make_dir("exec")?;
+        let file = process_file(&dir, &["sh", "-c", script])?;
+        let mut command = self.world.command(&["exec", "--process", &file, &self.id]);
+        command.env_clear().env("XDG_RUNTIME_DIR", "/run");
+        process::run(command, input.as_bytes(), self.world.patience())?.code(code)
+    }
+
+    /// What conmon leaves at its end: the exit status.
+    pub fn exit_file(&self) -> Result<String> {
+        let exit = self.bundle.join("exits").join(&self.id);
+        eventually("an exit file", self.world.patience(), || Ok(exit.exists()))?;
+        Ok(fs::read_to_string(exit)?)
+    }
+
+    /// What conmon has logged.
+    pub fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.bundle.join("log"))?)
     }
 }
 
@@ -179,26 +207,18 @@ fn terminal(pod: &mut Pod) -> Result<()> {
     logged(" stdout F ready\r\n")?;
     fs::write(seated.bundle.join("ctl"), "1 43 121\n")?;
     logged(" stdout F 43 121\r\n")?;
-    let exit = seated.bundle.join("exits").join(&seated.id);
-    eventually("an exit file", pod.world.patience(), || Ok(exit.exists()))?;
-    same(&fs::read_to_string(exit)?, &"8".into())
+    same(&seated.exit_file()?, &"8".into())
 }
 
 fn exec(pod: &mut Pod) -> Result<()> {
-    let dir = pod.world.make_dir("exec")?;
-    let file = process_file(&dir, &["sh", "-c", "cat; echo err >&2; exit 6"])?;
-    let mut command = pod.world.command(&["exec", "--process", &file, &pod.id]);
-    command.env_clear().env("XDG_RUNTIME_DIR", "/run");
-    let output = process::run(command, b"typed", pod.world.patience())?.code(6)?;
+    let output = pod.sh("cat; echo err >&2; exit 6", "typed", 6)?;
     same(&output.text(), &"typed".into())?;
     same(&output.stderr, &"err\n".into())
 }
 
 fn stopped(pod: &mut Pod) -> Result<()> {
     pod.ok(&["kill", &pod.id, "15"])?;
-    let exit = pod.bundle.join("exits").join(&pod.id);
-    eventually("an exit file", pod.world.patience(), || Ok(exit.exists()))?;
-    same(&fs::read_to_string(exit)?, &"9".into())?;
+    same(&pod.exit_file()?, &"9".into())?;
     let again = pod.world.call(&["kill", &pod.id, "15"])?;
     ensure!(again.code != 0 && again.stderr.contains("container not running"), "{}", again.stderr);
     pod.ok(&["delete", "--force", &pod.id])?;

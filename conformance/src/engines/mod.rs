@@ -6,6 +6,7 @@
 
 mod cni;
 mod conmon;
+mod conmon_pods;
 mod containerd;
 mod cri;
 mod docker;
@@ -24,6 +25,6 @@ pub use engine::archive;
 /// Every engine's wishes.
 pub fn all() -> Vec<Case> {
     let engines = [docker::cases(), podman::cases(), containerd::cases(), conmon::cases(), install::cases()];
-    let more = [networks::cases(), cni::cases(), package::cases(), cri::cases()];
+    let more = [networks::cases(), cni::cases(), package::cases(), conmon_pods::cases(), cri::cases()];
     engines.into_iter().chain(more).flatten().collect()
 }

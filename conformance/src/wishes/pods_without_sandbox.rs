@@ -33,15 +33,18 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Namespaces that are kept by files, as CRI-O keeps those of a pod.
-struct Pinned {
-    world: &'static World,
+pub struct Pinned {
+    /// The surroundings.
+    pub world: &'static World,
     dir: PathBuf,
-    id: String,
+    /// The pod's id.
+    pub id: String,
     _mounts: HostMounts,
 }
 
 impl Pinned {
-    fn set_up(world: &'static World) -> Result<Self> {
+    /// Makes them.
+    pub fn set_up(world: &'static World) -> Result<Self> {
         let dir = world.make_dir("namespaces")?;
         let mut mounts = HostMounts::default();
         let mut unshare = std::process::Command::new("unshare");
@@ -56,7 +59,8 @@ impl Pinned {
         Ok(Pinned { world, dir, id: world.name("pod"), _mounts: mounts })
     }
 
-    fn config(&self, script: &str) -> Config {
+    /// A container's configuration.
+    pub fn config(&self, script: &str) -> Config {
         let by_path = |kind: &str, file: &str| json!({ "type": kind, "path": self.dir.join(file) });
         Config::sh(script)
             .set("/hostname", json!("the-pod"))
@@ -76,7 +80,7 @@ impl Pinned {
     }
 
     /// That nothing runs for the pod any more.
-    fn is_gone(&self) -> Result<()> {
+    pub fn is_gone(&self) -> Result<()> {
         same(&vmms(self.world), &0)?;
         self.world.refused(&["state", &self.id], &["does not exist"]).map(drop)
     }
