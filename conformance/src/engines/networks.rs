@@ -1,4 +1,4 @@
-//! Networks as docker makes them: VMs and a container of the host's kernel, side by side.
+//! Networks as docker and podman make them: VMs and a container of the host's kernel, side by side.
 //!
 //! In: the engine of its own wishes. Out: what users of a network see, on both sides of it. Must not: need a name
 //! server or an address of the world outside: the host has one of its own for this.
@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::docker;
 use super::engine::{Engine, IMAGE, SMALL};
+use super::{docker, podman};
 use crate::cases::{At, Case, Wish, sharing};
 use crate::process::{self, Output, Running, eventually};
 use crate::wishes::same;
@@ -25,6 +25,13 @@ const DOCKER: &[Wish<Town>] = &[
     ("docker/network/none-host-and-default", modes),
     ("docker/network/a-vms-network-is-not-lent", lent),
     ("docker/network/connect-takes-a-spare-nic-and-disconnect-gives-it-back", connected),
+];
+
+const PODMAN: &[Wish<Town>] = &[
+    ("podman/network/containers-reach-each-other-by-name", by_name),
+    ("podman/network/names-of-elsewhere-are-asked-elsewhere", forwarded_name),
+    ("podman/network/published-ports-answer-on-the-host", published),
+    ("podman/network/ipv6", ipv6),
 ];
 
 /// Where the host's own name server listens: an address of nobody's, and not its loopback's.
@@ -52,7 +59,8 @@ for attempt in range(8):
 
 pub fn cases() -> Vec<Case> {
     let docker = |world| Town::on(docker::set_up(world)?);
-    vec![sharing(At::Engines, docker, DOCKER)]
+    let podman = |world| Town::on(podman::set_up(world)?);
+    vec![sharing(At::Engines, docker, DOCKER), sharing(At::Engines, podman, PODMAN)]
 }
 
 /// A network and who is on it.

@@ -27,7 +27,8 @@ pub fn cases() -> Vec<Case> {
     vec![sharing(At::Engines, set_up, &[&users::of!("podman")[..], &WISHES].concat())]
 }
 
-fn set_up(world: &'static World) -> Result<Engine> {
+/// The engine, with its image.
+pub fn set_up(world: &'static World) -> Result<Engine> {
     let dir = world.make_dir("podman")?;
     let manager = if has_systemd() { "systemd" } else { "cgroupfs" };
     let settings = format!(
@@ -52,7 +53,7 @@ fn set_up(world: &'static World) -> Result<Engine> {
         daemon: None,
         pids: &["hpid", "comm"],
         clear: &["rm", "--all", "--force", "--time", "0"],
-        tidy: ":",
+        tidy: "umount /run/netns 2>/dev/null",
         dir,
     };
     engine.import()?;
