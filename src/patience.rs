@@ -3,8 +3,12 @@
 //! In: a piece of work. Out: its result, if it came in time. Must not: leave a second thread behind where all went well,
 //! for what comes next forks.
 
+use std::os::unix::thread::JoinHandleExt;
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::Duration;
+
+use nix::time::ClockId;
 
 /// The work's result, or `None` after `limit`; nobody can stop it then, and its result goes nowhere.
 pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
@@ -15,16 +19,15 @@ pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Sen
     Some(result)
 }
 
-/// The same where the work computes: the limit is of this process's time on a processor, which others may be using.
+/// The same where the work computes: the limit is of its own time on a processor, which others may be using.
 pub fn within_work<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
     let (sender, receiver) = mpsc::channel();
-    let begin = processor_time();
     let thread = std::thread::spawn(move || sender.send(work()));
     let result = loop {
-        let left = limit.saturating_sub(processor_time().saturating_sub(begin));
+        let left = limit.saturating_sub(processor_time(&thread));
         if left.is_zero() {
             return None;
         }
@@ -39,9 +42,14 @@ pub fn within_work<T: Send + 'static>(
     Some(result)
 }
 
-fn processor_time() -> Duration {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID);
-    now.map_or(Duration::MAX, Duration::from)
+/// What a thread has used; nothing once it has ended.
+fn processor_time<T>(thread: &JoinHandle<T>) -> Duration {
+    let mut clock = 0;
+    // SAFETY: the thread is not joined, so its number is valid; the clock's outlives the call.
+    if unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock) } != 0 {
+        return Duration::ZERO;
+    }
+    nix::time::clock_gettime(ClockId::from_raw(clock)).map_or(Duration::ZERO, Duration::from)
 }
 
 #[cfg(test)]
@@ -60,8 +68,8 @@ mod tests {
         let waiting = || std::thread::sleep(Duration::from_millis(500));
         assert_eq!(within_work(Duration::from_millis(300), waiting), Some(()));
         let busy = || {
-            let begin = processor_time();
-            while processor_time() - begin < Duration::from_secs(2) {}
+            let used = || Duration::from(ClockId::CLOCK_THREAD_CPUTIME_ID.now().unwrap());
+            while used() < Duration::from_secs(2) {}
         };
         assert_eq!(within_work(Duration::from_millis(50), busy), None);
     }

@@ -5,6 +5,8 @@
 pub mod bundle;
 #[path = "../../src/cli.rs"]
 pub mod cli;
+#[path = "../../src/log.rs"]
+pub mod log;
 #[path = "../../src/patience.rs"]
 pub mod patience;
 #[path = "../../src/plan/mod.rs"]
