@@ -351,6 +351,13 @@ pub fn reap_orphans() {
     while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
 }
 
+/// What a program of the host's prints.
+pub fn host(program: &str, args: &[&str], patience: Duration) -> Result<String> {
+    let mut command = Command::new(program);
+    command.args(args);
+    Ok(run(command, b"", patience)?.code(0)?.text().trim_end().to_string())
+}
+
 /// Waits until `check` is true; asks again every 20 ms, for conditions that no descriptor announces.
 pub fn eventually(what: &str, limit: Duration, mut check: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + limit;

@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -76,9 +75,7 @@ impl Drop for Pod {
 }
 
 fn host(program: &str, args: &[&str]) -> Result<String> {
-    let mut command = Command::new(program);
-    command.args(args);
-    Ok(process::run(command, b"", Duration::from_secs(60))?.code(0)?.text().trim().to_string())
+    Ok(process::host(program, args, Duration::from_secs(60))?.trim_start().to_string())
 }
 
 fn answers(pod: &mut Pod) -> Result<()> {

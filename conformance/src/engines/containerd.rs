@@ -1,6 +1,7 @@
 //! containerd by `ctr` and its runc shim, the runtime by the shim's option BinaryName.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
@@ -36,20 +37,27 @@ pub fn set_up(world: &'static World) -> Result<Engine> {
         at("sock")
     );
     fs::write(dir.join("config.toml"), settings)?;
-    let program = ["ctr".into(), "--address".into(), at("sock")];
+    let engine = serve(world, dir, &[], ":")?;
+    import(&engine, IMAGE, &["sh"])?;
+    Ok(engine)
+}
+
+/// containerd with the configuration in `dir`, asked by `ctr` with these flags.
+pub fn serve(world: &'static World, dir: PathBuf, flags: &[&str], tidy: &'static str) -> Result<Engine> {
+    let socket = dir.join("sock").display().to_string();
+    let words = [&["ctr", "--address", &socket], flags].concat();
     let mut engine = Engine {
         world,
-        program: program.to_vec(),
+        program: words.into_iter().map(str::to_string).collect(),
         env: vec![],
         runtime: world.runtime.display().to_string(),
         daemon: None,
         pids: &[],
         clear: &["version"],
-        tidy: ":",
+        tidy,
         dir,
     };
     start(&mut engine)?;
-    import(&engine, IMAGE, &["sh"])?;
     Ok(engine)
 }
 

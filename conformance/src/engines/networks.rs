@@ -221,9 +221,7 @@ fn published(town: &mut Town) -> Result<()> {
 }
 
 fn host(program: &str, args: &[&str]) -> Result<String> {
-    let mut command = Command::new(program);
-    command.args(args);
-    Ok(process::run(command, b"", Duration::from_secs(60))?.code(0)?.text().trim_end().to_string())
+    process::host(program, args, Duration::from_secs(60))
 }
 
 fn ipv6(town: &mut Town) -> Result<()> {

@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -61,19 +60,8 @@ impl Cri {
         fs::create_dir(dir.join("cni"))?;
         fs::write(dir.join("cni/10-cri.conflist"), network(world, &at("leases")).to_string())?;
         fs::write(dir.join("config.toml"), settings(world, &at))?;
-        let program = ["ctr".into(), "--address".into(), at("sock"), "--namespace".into(), "k8s.io".into()];
-        let mut engine = Engine {
-            world,
-            program: program.to_vec(),
-            env: vec![],
-            runtime: world.runtime.display().to_string(),
-            daemon: None,
-            pids: &[],
-            clear: &["version"],
-            tidy: "ip link delete cni-cri 2>/dev/null",
-            dir: dir.clone(),
-        };
-        containerd::start(&mut engine)?;
+        let tidy = "ip link delete cni-cri 2>/dev/null";
+        let engine = containerd::serve(world, dir.clone(), &["--namespace", "k8s.io"], tidy)?;
         let pause = ["sh", "-c", "trap 'exit 0' TERM INT; sleep 1000000 & wait"];
         containerd::import(&engine, IMAGE, &["sh"])?;
         containerd::import(&engine, PAUSE, &pause)?;
@@ -150,16 +138,10 @@ pub fn pod_cgroup(world: &World, uid: &str) -> Result<(PathBuf, String)> {
     Ok((dir, format!("/kubepods-{}/{uid}", world.tag)))
 }
 
-/// What a host's program prints.
-pub fn host(world: &World, program: &str, args: &[&str]) -> Result<String> {
-    let mut command = Command::new(program);
-    command.args(args);
-    Ok(process::run(command, b"", world.patience())?.code(0)?.text().trim_end().to_string())
-}
-
 /// Fetches a URL from the host.
 pub fn fetch(world: &World, url: &str) -> Result<String> {
-    let fetched = host(world, "curl", &["--silent", "--show-error", "--max-time", "20", url])?;
+    let fetched =
+        process::host("curl", &["--silent", "--show-error", "--max-time", "20", url], world.patience())?;
     ensure!(!fetched.is_empty(), "{url}: nothing");
     Ok(fetched)
 }

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::super::engine::IMAGE;
-use super::host::{Cri, pod_cgroup};
+use super::host::{Cri, GATEWAY, pod_cgroup};
 use super::rpc::Client;
 use super::stream::Stream;
 use crate::config::Config;
@@ -23,6 +23,8 @@ use crate::world::World;
 /// CRI's numbers of a container's states.
 pub const RUNNING: i64 = 1;
 const EXITED: i64 = 2;
+/// A script that waits for SIGTERM.
+pub const IDLE: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 /// How long the kubelet's probes may take here.
 const PROBE: Duration = Duration::from_secs(60);
 
@@ -57,7 +59,7 @@ impl Pod {
             "metadata": { "name": name, "uid": name, "namespace": "default" },
             "hostname": "the-pod",
             "log_directory": logs,
-            "dns_config": { "servers": ["10.88.8.1"], "searches": ["cluster.local"] },
+            "dns_config": { "servers": [GATEWAY], "searches": ["cluster.local"] },
             "labels": { "app": "box" },
             "annotations": { "a3s.box/memory-mib": "256", "a3s.box/vcpus": "1" },
             "linux": { "security_context": { "namespace_options": { "pid": 1 }, "seccomp": { "profile_type": 0 } } },
@@ -138,7 +140,7 @@ impl Pod {
 
     /// A container that waits for SIGTERM.
     pub fn idle(&self) -> Result<Member> {
-        self.start(&self.member("trap 'exit 0' TERM; sleep 100000 & wait"))
+        self.start(&self.member(IDLE))
     }
 
     /// What CRI knows of it.
@@ -183,7 +185,7 @@ impl Drop for Pod {
 
 impl Member {
     fn call(&self, method: &str) -> Result<Value> {
-        self.client.call(method, &json!({ "container_id": self.id }))
+        self.ask(method, json!({}))
     }
 
     /// Starts it.
@@ -193,7 +195,7 @@ impl Member {
 
     /// Stops it: SIGTERM, and SIGKILL after so many seconds.
     pub fn stop(&self, grace: u32) -> Result<()> {
-        self.client.call("StopContainer", &json!({ "container_id": self.id, "timeout": grace })).map(drop)
+        self.ask("StopContainer", json!({ "timeout": grace })).map(drop)
     }
 
     /// Removes it, which ends it.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::OfPods;
 use super::host::{Cri, GATEWAY, fetch};
-use super::pod::Pod;
+use super::pod::{IDLE, Pod};
 use super::stream::{STDIN, STDOUT};
 use crate::leaks::{Census, processes};
 use crate::process::{self, eventually};
@@ -187,9 +187,7 @@ fn pids(cri: &mut Cri) -> Result<()> {
 fn sysctls(cri: &mut Cri) -> Result<()> {
     let wanted = json!({ "net.core.somaxconn": "777", "kernel.shm_rmid_forced": "1" });
     let pod = Pod::run(cri, Pod::config(cri.world)?.set("/linux/sysctls", wanted))?;
-    let config = pod
-        .member("trap 'exit 0' TERM; sleep 100000 & wait")
-        .set("/linux/security_context/run_as_user/value", json!(1000));
+    let config = pod.member(IDLE).set("/linux/security_context/run_as_user/value", json!(1000));
     let member = pod.start(&config)?;
     member.says("cd /proc/sys; cat net/core/somaxconn kernel/shm_rmid_forced", "777\n1")?;
     member.says("cat /proc/sys/net/ipv4/ip_unprivileged_port_start", "0")?;

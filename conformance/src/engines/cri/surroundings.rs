@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::OfPods;
 use super::host::Cri;
-use super::pod::Pod;
+use super::pod::{IDLE, Pod};
 use crate::config::Config;
 use crate::process::eventually;
 use crate::wishes::same;
@@ -20,8 +20,6 @@ pub const WISHES: &[OfPods] = &[
     ("cri/a-security-context-holds", security),
     ("cri/a-privileged-container-has-its-kernel-to-itself", privileged),
 ];
-
-const IDLE: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 
 fn mount(config: Config, host: &Path, container: &str, readonly: bool) -> Config {
     let mount = json!({ "host_path": host, "container_path": container, "readonly": readonly });
