@@ -3,7 +3,9 @@
 //! Wishes that can share a container are a group with one fixture, since a container may cost seconds. In: a list of
 //! cases. Out: a report. Must not: let one failure, or one panic, keep the others from running.
 
+use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
@@ -120,6 +122,13 @@ fn belongs(name: &str, level: Level) -> bool {
     level != Level::Contract || requirements::holds(name)
 }
 
+/// Whether no other suite that shares this directory has taken the case whose first wish this is. One that cannot ask
+/// takes it: what runs twice does no harm.
+fn claims(dir: &Path, first: &str) -> bool {
+    let made = std::fs::create_dir(dir.join(first.replace('/', " ")));
+    !made.is_err_and(|error| error.kind() == ErrorKind::AlreadyExists)
+}
+
 /// Runs what was asked for, and at last the leak check.
 pub fn run(cases: &[Case], options: &Options, world: &'static World, report: &mut Report) {
     let level = world.level;
@@ -132,7 +141,8 @@ pub fn run(cases: &[Case], options: &Options, world: &'static World, report: &mu
     let before = Census::take(world);
     let mut left = Vec::new();
     for case in cases.iter().filter(|case| case.at.holds(level)) {
-        if !case.names.iter().any(|name| wanted(name)) {
+        let Some(first) = case.names.iter().find(|name| wanted(name)) else { continue };
+        if !options.share.as_deref().is_none_or(|dir| claims(dir, first)) {
             continue;
         }
         let failed = report.counts().1;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 pub const USAGE: &str = "\
 usage: a3s-box-conformance --runtime PATH --level contract|local|vm|systemd|smoke|engines --rootfs busybox=DIR
                            [--rootfs debian=DIR] [--profile NAME|FILE] [--beside PATH]... [--junit FILE]
-                           [--installer PATH] [--package FILE] [--full] [--list] [FILTER...]
+                           [--installer PATH] [--package FILE] [--share DIR] [--full] [--list] [FILTER...]
 
 Tests an OCI runtime through its command line. Root only. Prints TAP, with --beside or --level contract a table.
   --level   contract: what the spec and engines demand of any runtime; local: containers are cheap, everything runs;
@@ -22,6 +22,7 @@ Tests an OCI runtime through its command line. Root only. Prints TAP, with --bes
   --rootfs  root file systems; they are copied, or used without being written to
   --installer  script that installs the runtime and engines' configuration, for the wishes install/*
   --package    the runtime's Debian package, for the wishes package/*: the runtime under test is out of sight meanwhile
+  --share   other suites, in other machines, have the same directory: each test runs in the one that first claims it there
   --full    full length: 100 MB streams, long loops
   --list    print the tests' names
   FILTER    only tests whose name holds one of these words
@@ -65,6 +66,8 @@ pub struct Options {
     pub installer: Option<PathBuf>,
     /// The runtime's Debian package.
     pub package: Option<PathBuf>,
+    /// Where suites that share the work claim their part.
+    pub share: Option<PathBuf>,
     /// Everything at full length.
     pub full: bool,
     /// Names alone.
@@ -79,7 +82,7 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Options>> {
     let (mut runtime, mut level, mut busybox, mut debian) = (None, None, None, None);
     let (mut full, mut list, mut filters) = (false, false, Vec::new());
     let (mut profile, mut beside, mut junit) = (None, Vec::new(), None);
-    let (mut installer, mut package) = (None, None);
+    let (mut installer, mut package, mut share) = (None, None, None);
     while let Some(arg) = args.next().transpose()? {
         let mut value = || args.next().transpose()?.with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
@@ -88,6 +91,7 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Options>> {
             "--beside" => beside.push(PathBuf::from(value()?)),
             "--installer" => installer = Some(PathBuf::from(value()?)),
             "--package" => package = Some(PathBuf::from(value()?)),
+            "--share" => share = Some(PathBuf::from(value()?)),
             "--junit" => junit = Some(PathBuf::from(value()?)),
             "--level" => {
                 level = Some(match value()?.as_str() {
@@ -125,6 +129,7 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Options>> {
         junit,
         installer,
         package,
+        share,
         full,
         list,
         filters,

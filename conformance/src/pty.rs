@@ -94,6 +94,26 @@ impl Terminal {
         }
     }
 
+    /// Makes it another size and waits until this appears. The size is told again now and then: docker's client hears of
+    /// a new one only some time after the program has begun.
+    pub fn expect_at_size(&mut self, (rows, columns): (u16, u16), text: &str) -> Result<String> {
+        const TRIES: u32 = 10;
+        let whole = self.patience;
+        self.patience = whole / TRIES;
+        self.resize(rows, columns)?;
+        let mut said = self.expect(text);
+        for _ in 1..TRIES {
+            if said.is_ok() {
+                break;
+            }
+            self.resize(rows + 1, columns)?; // the same again would be no news
+            self.resize(rows, columns)?;
+            said = self.expect(text);
+        }
+        self.patience = whole;
+        said
+    }
+
     /// Everything that appears until the other end is closed.
     pub fn rest(&mut self) -> Result<String> {
         let deadline = Instant::now() + self.patience;
