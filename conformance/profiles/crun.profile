@@ -43,3 +43,5 @@ seccomp/kill-* | read pipe failed | exec cannot stand a filter that traps umask
 seccomp/arguments-* | read pipe failed | exec cannot stand a filter that traps umask
 seccomp/dockers-* | newer than the profile: 1 | a call that is newer than the profile is no ENOSYS
 create/a-pidfd-is-sent-to-its-socket | | it has no --pidfd-socket
+pidfd/the-containers-goes-to-the-socket | | it has no --pidfd-socket
+detach/ends-when-the-vm-does | ended with 1, not 255 | every failure is 1

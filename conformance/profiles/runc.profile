@@ -14,3 +14,4 @@ flags/creates-and-runs-in-every-form | -no-subreaper | create has no --no-subrea
 state/one-object-with-the-fields-of-runc | String("") | state leaves the owner out
 chaos/create-killed-at-any-moment | | a create that is killed may leave its cgroup
 vm/kernel-parameters-and-sizes-are-as-asked | | it has no VM
+chaos/start-and-exec-killed-at-any-moment | | by chance: delete --force gives up while the first process is still ending

@@ -43,7 +43,7 @@ pub struct Pod {
 impl Pod {
     fn set_up(world: &'static World) -> Result<Self> {
         let config =
-            Config::sh("echo started; echo complaint >&2; trap 'exit 9' TERM; while :; do sleep 0.1; done");
+            Config::sh("trap 'exit 9' TERM; echo started; echo complaint >&2; while :; do sleep 0.1; done");
         Pod::start(world, world.name("crio"), &config)
     }
 

@@ -53,7 +53,7 @@ fn mounted_for_create(world: &'static World) -> Result<()> {
     let rootfs = bundle.join("rootfs");
     fs::create_dir(&rootfs)?;
     let config =
-        Config::sh("touch /shared/ran; trap 'exit 9' TERM; sleep 1000 & wait").bind(&bundle, "/shared", &[]);
+        Config::sh("trap 'exit 9' TERM; touch /shared/ran; sleep 1000 & wait").bind(&bundle, "/shared", &[]);
     crate::world::write_config(&bundle, &config)?;
     let id = world.name("c");
     let (path, pid_file) = (bundle.to_string_lossy().into_owned(), bundle.join("pid"));

@@ -89,7 +89,7 @@ fn tracer(kind: &str, dir: &Path) -> String {
 impl Hooked {
     fn create(world: &'static World) -> Result<Self> {
         let traces = world.make_dir("traces")?;
-        let mut config = Config::sh("echo process >>/shared/order; trap 'exit 3' TERM; sleep 1000 & wait")
+        let mut config = Config::sh("trap 'exit 3' TERM; echo process >>/shared/order; sleep 1000 & wait")
             .bind(&traces, "/shared", &[])
             .set("/annotations/org.example.key", "value".into());
         for kind in HOST {

@@ -20,7 +20,7 @@ pub struct Life {
 }
 
 const SCRIPT: &str =
-    "touch /shared/ran; trap 'echo handled; exit 17' TERM; echo up; while :; do sleep 0.05; done";
+    "trap 'echo handled; exit 17' TERM; touch /shared/ran; echo up; while :; do sleep 0.05; done";
 
 /// Wishes along one life.
 const WISHES: &[Wish<Life>] = &[
