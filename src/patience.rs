@@ -6,17 +6,14 @@
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::time::ClockId;
 
 /// The work's result, or `None` after `limit`; nobody can stop it then, and its result goes nowhere.
 pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    let (sender, receiver) = mpsc::channel();
-    let thread = std::thread::spawn(move || sender.send(work()));
-    let result = receiver.recv_timeout(limit).ok()?;
-    let _ = thread.join();
-    Some(result)
+    let begin = Instant::now();
+    bounded(work, |_| limit.saturating_sub(begin.elapsed()))
 }
 
 /// The same where the work computes: the limit is of its own time on a processor, which others may be using.
@@ -24,14 +21,21 @@ pub fn within_work<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
+    bounded(work, |thread| limit.saturating_sub(processor_time(thread)))
+}
+
+/// Asks what time is left each time that this has passed.
+fn bounded<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+    left: impl Fn(&Thread<T>) -> Duration,
+) -> Option<T> {
     let (sender, receiver) = mpsc::channel();
     let thread = std::thread::spawn(move || sender.send(work()));
     let result = loop {
-        let left = limit.saturating_sub(processor_time(&thread));
+        let left = left(&thread);
         if left.is_zero() {
             return None;
         }
-        // It cannot be used up any sooner.
         match receiver.recv_timeout(left.max(Duration::from_millis(1))) {
             Ok(result) => break result,
             Err(RecvTimeoutError::Timeout) => {}
@@ -41,6 +45,8 @@ pub fn within_work<T: Send + 'static>(
     let _ = thread.join();
     Some(result)
 }
+
+type Thread<T> = JoinHandle<Result<(), mpsc::SendError<T>>>;
 
 /// What a thread has used; nothing once it has ended.
 fn processor_time<T>(thread: &JoinHandle<T>) -> Duration {

@@ -3,6 +3,7 @@
 //! Made persistent beforehand and owned by the VMM's user, so that the VMM attaches to them without CAP_NET_ADMIN.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, anyhow};
@@ -33,6 +34,11 @@ pub fn make(slot: u8, owner: u32) -> Result<()> {
     const IFF_TUN_EXCL: libc::c_int = 0x8000;
     let shown = || format!("make network interface {}", name(slot));
     let tun = File::options().read(true).write(true).open(NODE);
+    let tun = tun.map_err(|error| match error.kind() {
+        // By the kernel's words podman takes an error for the workload's program missing (127).
+        ErrorKind::NotFound => anyhow!("it is not there; load the kernel module tun"),
+        _ => error.into(),
+    });
     let tun = tun.with_context(|| format!("{NODE}: needed for every network interface of a VM"))?;
     // SAFETY: ifreq is plain data, for which zero is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
