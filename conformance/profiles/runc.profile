@@ -15,3 +15,5 @@ state/one-object-with-the-fields-of-runc | String("") | state leaves the owner o
 chaos/create-killed-at-any-moment | | a create that is killed may leave its cgroup
 vm/kernel-parameters-and-sizes-are-as-asked | | it has no VM
 chaos/start-and-exec-killed-at-any-moment | | by chance: delete --force gives up while the first process is still ending
+create/twice-at-once-one-wins | | by chance: the loser may say "file exists"
+start/twice-at-once-one-wins | | by chance: the loser may wait for ever
