@@ -142,7 +142,7 @@ pub fn run(cases: &[Case], options: &Options, world: &'static World, report: &mu
     let mut left = Vec::new();
     for case in cases.iter().filter(|case| case.at.holds(level)) {
         let Some(first) = case.names.iter().find(|name| wanted(name)) else { continue };
-        if !options.share.as_deref().is_none_or(|dir| claims(dir, first)) {
+        if options.share.as_deref().is_some_and(|dir| !claims(dir, first)) {
             continue;
         }
         let failed = report.counts().1;

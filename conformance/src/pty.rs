@@ -82,13 +82,17 @@ impl Terminal {
 
     /// Waits until this appears, and takes away everything up to its end.
     pub fn expect(&mut self, text: &str) -> Result<String> {
-        let deadline = Instant::now() + self.patience;
+        self.expect_within(self.patience, text)
+    }
+
+    fn expect_within(&mut self, patience: Duration, text: &str) -> Result<String> {
+        let deadline = Instant::now() + patience;
         loop {
             if let Some(at) = self.text.find(text) {
                 let rest = self.text.split_off(at + text.len());
                 return Ok(std::mem::replace(&mut self.text, rest));
             }
-            if !self.read(deadline).with_context(|| format!("waiting for {text:?}"))? {
+            if !self.read(deadline).with_context(|| format!("waiting {patience:.0?} for {text:?}"))? {
                 bail!("the terminal ended without {text:?}: {:?}", brief(&self.text));
             }
         }
@@ -98,26 +102,25 @@ impl Terminal {
     /// a new one only some time after the program has begun.
     pub fn expect_at_size(&mut self, (rows, columns): (u16, u16), text: &str) -> Result<String> {
         const TRIES: u32 = 10;
-        let whole = self.patience;
-        self.patience = whole / TRIES;
         self.resize(rows, columns)?;
-        let mut said = self.expect(text);
         for _ in 1..TRIES {
+            let said = self.expect_within(self.patience / TRIES, text);
             if said.is_ok() {
-                break;
+                return said;
             }
             self.resize(rows + 1, columns)?; // the same again would be no news
             self.resize(rows, columns)?;
-            said = self.expect(text);
         }
-        self.patience = whole;
-        said
+        self.expect_within(self.patience / TRIES, text)
     }
 
     /// Everything that appears until the other end is closed.
     pub fn rest(&mut self) -> Result<String> {
         let deadline = Instant::now() + self.patience;
-        while self.read(deadline).context("waiting for the terminal's end")? {}
+        while self
+            .read(deadline)
+            .with_context(|| format!("waiting {:.0?} for the terminal's end", self.patience))?
+        {}
         Ok(std::mem::take(&mut self.text))
     }
 
@@ -136,7 +139,7 @@ impl Terminal {
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     let left = deadline.saturating_duration_since(Instant::now());
-                    ensure!(!left.is_zero(), "not within {:.0?}: {:?}", self.patience, brief(&self.text));
+                    ensure!(!left.is_zero(), "not in time: {:?}", brief(&self.text));
                     wait_for(&mut [PollFd::new(&self.master, PollFlags::IN)], left)?;
                 }
                 Err(error) => return Err(error).context("read the terminal"),

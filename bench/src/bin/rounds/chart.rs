@@ -18,12 +18,9 @@ const STYLE: &str = "text{font:13px system-ui,sans-serif;fill:#24292f}.what{font
 /// An SVG picture, readable on light and dark ground. Things that only one has are left out: there is nothing to compare.
 pub fn svg(steps: &[Step]) -> String {
     let (mut body, mut y) = (String::new(), 0.0);
-    let mut whats: Vec<&str> = steps.iter().map(|step| step.what.as_str()).collect();
-    whats.dedup();
-    for what in whats {
-        let group: Vec<&Step> = steps.iter().filter(|step| step.what == what).collect();
-        if group.len() > 1 {
-            draw(&mut body, &mut y, what, &group);
+    for group in steps.chunk_by(|one, next| one.what == next.what) {
+        if let [first, _, ..] = group {
+            draw(&mut body, &mut y, first, group);
         }
     }
     let height = y + HEAD / 2.0;
@@ -33,18 +30,16 @@ pub fn svg(steps: &[Step]) -> String {
     )
 }
 
-fn draw(body: &mut String, y: &mut f64, what: &str, group: &[&Step]) {
-    let longest = group.iter().map(|step| step.median()).fold(0.0, f64::max);
-    let (unit, better) = group.first().map_or(("", ""), |step| {
-        (step.unit(), if step.is_rate() { "more is better" } else { "less is better" })
-    });
+fn draw(body: &mut String, y: &mut f64, first: &Step, group: &[Step]) {
+    let longest = group.iter().map(Step::median).fold(0.0, f64::max);
+    let (what, unit) = (escaped(&first.what), first.unit());
+    let better = if first.is_rate() { "more" } else { "less" };
     *y += HEAD;
     // Writing to a string cannot fail.
+    let head = *y - 8.0;
     let _ = writeln!(
         body,
-        "<text class=\"what\" x=\"0\" y=\"{:.0}\">{} ({unit}; {better})</text>",
-        *y - 8.0,
-        escaped(what)
+        "<text class=\"what\" x=\"0\" y=\"{head:.0}\">{what} ({unit}; {better} is better)</text>"
     );
     for step in group {
         let length = (step.median() / longest * (WIDTH - LABELS - FIGURES)).max(1.0);
