@@ -17,3 +17,4 @@ vm/kernel-parameters-and-sizes-are-as-asked | | it has no VM
 chaos/start-and-exec-killed-at-any-moment | | by chance: delete --force gives up while the first process is still ending
 create/twice-at-once-one-wins | | by chance: the loser may say "file exists"
 start/twice-at-once-one-wins | | by chance: the loser may wait for ever
+docker/network/a-vms-network-is-not-lent | it joins the network | its networks are the host's: any process may join

@@ -121,8 +121,8 @@ mod tests {
 
     #[test]
     fn every_profile_speaks_of_wishes_that_exist() {
-        let cases = crate::wishes::all();
-        let names: Vec<_> = cases.iter().flat_map(|case| case.names.iter().copied()).collect();
+        let cases = [crate::wishes::all(), crate::engines::all()];
+        let names: Vec<_> = cases.iter().flatten().flat_map(|case| case.names.iter().copied()).collect();
         for (runtime, text) in BUILT_IN {
             for pattern in parse(text).unwrap().patterns() {
                 let start = pattern.strip_suffix('*').unwrap_or(pattern);

@@ -123,7 +123,7 @@ fn surroundings(engine: &mut Engine) -> Result<()> {
         "--mount",
         &fixed,
         "--mount",
-        "type=tmpfs,dst=/scratch,options=size=1048576",
+        "type=tmpfs,src=tmpfs,dst=/scratch,options=size=1048576",
     ]);
     let script = "echo $A; id -u; id -g; pwd; cat /data/file; echo new >/data/new; \
         echo x 2>/dev/null >/fixed/x || echo read-only; echo x 2>/dev/null >/new || echo and the root; \
