@@ -33,6 +33,11 @@ pub fn cases() -> Vec<Case> {
 
 /// The engine, with its image.
 pub fn set_up(world: &'static World) -> Result<Engine> {
+    configured(world, &[])
+}
+
+/// The same with more in daemon.json.
+pub fn configured(world: &'static World, more: &[(&str, &str)]) -> Result<Engine> {
     let dir = world.make_dir("docker")?;
     let mut settings = json!({
         "runtimes": { "box": { "path": world.runtime } },
@@ -44,6 +49,7 @@ pub fn set_up(world: &'static World) -> Result<Engine> {
     if !has_systemd() {
         settings["exec-opts"] = json!(["native.cgroupdriver=cgroupfs"]);
     }
+    more.iter().for_each(|(name, value)| settings[name] = json!(value));
     fs::write(dir.join("daemon.json"), settings.to_string())?;
     let program = ["docker".into(), "--host".into(), format!("unix://{}/sock", dir.display())];
     let mut engine = Engine {

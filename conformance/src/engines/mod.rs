@@ -12,6 +12,7 @@ mod cri;
 mod docker;
 mod engine;
 mod install;
+mod mapped;
 mod networks;
 mod package;
 mod podman;
@@ -25,6 +26,13 @@ pub use engine::archive;
 /// Every engine's wishes.
 pub fn all() -> Vec<Case> {
     let engines = [docker::cases(), podman::cases(), containerd::cases(), conmon::cases(), install::cases()];
-    let more = [networks::cases(), cni::cases(), package::cases(), conmon_pods::cases(), cri::cases()];
+    let more = [
+        networks::cases(),
+        mapped::cases(),
+        cni::cases(),
+        package::cases(),
+        conmon_pods::cases(),
+        cri::cases(),
+    ];
     engines.into_iter().chain(more).flatten().collect()
 }

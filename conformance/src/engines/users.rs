@@ -22,9 +22,10 @@ macro_rules! of {
             (concat!($engine, "/run-and-exec-have-terminals-that-follow"), $crate::engines::terminals::both),
             (concat!($engine, "/exec-logs-cp-pause-top-stats-stop-wait"), $crate::engines::users::life),
             (concat!($engine, "/update-changes-limits-inside"), $crate::engines::users::update),
+            (concat!($engine, "/out-of-memory-is-told"), $crate::engines::users::out_of_memory),
             (concat!($engine, "/init-and-restart"), $crate::engines::users::init_and_restart),
             (concat!($engine, "/killed-by-the-engine-and-by-others"), $crate::engines::users::deaths),
-        ] as [$crate::cases::Wish<$crate::engines::engine::Engine>; 9]
+        ] as [$crate::cases::Wish<$crate::engines::engine::Engine>; 10]
     };
 }
 pub(super) use of;
@@ -206,6 +207,19 @@ pub fn update(engine: &mut Engine) -> Result<()> {
     engine.ok(&[&["update"], &flags[..], &[&name]].concat())?;
     same(&engine.sh(&name, limits)?, &"100663296 50 50000 100000".into())?;
     engine.remove(&name)
+}
+
+/// The limit's victim ends as killed and the engine says by what; somebody else's victim does the first alone.
+pub fn out_of_memory(engine: &mut Engine) -> Result<()> {
+    let killed = engine.up(&[], &["sleep", "1000"])?;
+    engine.ok(&["kill", &killed])?;
+    let starved = engine.up(&[], &["tail", "/dev/zero"])?;
+    for (name, for_memory) in [(&killed, "false"), (&starved, "true")] {
+        same(&engine.ok(&["wait", name])?.as_str(), &"137")?;
+        engine.becomes(name, ".State.OOMKilled", for_memory)?;
+        engine.remove(name)?;
+    }
+    Ok(())
 }
 
 /// `--init` in front, and `restart`.
