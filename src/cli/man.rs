@@ -5,7 +5,7 @@
 //! (`scripts/man`), else it finds out which have gone stale.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Command, CommandFactory};
 use clap_mangen::Man;
@@ -16,8 +16,9 @@ use crate::plan::settings::{KEYS, Key, PREFIX, Settings};
 /// Verbs that only say that they are not supported.
 const WITHOUT_PAGE: [&str; 2] = ["checkpoint", "restore"];
 
+/// cargo runs tests in the package's directory.
 fn dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("man")
+    PathBuf::from("man")
 }
 
 /// Name and text of every page.
