@@ -7,12 +7,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{MountBuilder, Spec};
 
 use crate::log::sentence;
 use crate::plan::Machine;
 use crate::support;
 
+/// Where a container finds its caller's `NOTIFY_SOCKET`, as under runc.
+const NOTIFY: &str = "/run/notify/notify.sock";
 /// What a bundle without config.json needs.
 const SPEC: &str = "`a3s-box spec` writes one; --bundle names another directory";
 /// What one without a root file system needs.
@@ -47,6 +49,29 @@ pub fn open(dir: &Path) -> Result<Bundle> {
         bail!("root.path {}: not a directory", rootfs.display());
     }
     Ok(Bundle { dir, spec, machine, rootfs, warnings })
+}
+
+impl Bundle {
+    /// Lets the container speak to the service manager of its caller (sd_notify(3)), unless config.json has a
+    /// `NOTIFY_SOCKET` already.
+    pub fn notify(&mut self, socket: &Path) -> Result<()> {
+        if !socket.is_absolute() {
+            bail!(
+                "NOTIFY_SOCKET={}: not a path, and only that can be bound into a container",
+                socket.display()
+            );
+        }
+        let Some(process) = self.spec.process_mut() else { return Ok(()) };
+        let env = process.env_mut().get_or_insert_default();
+        if env.iter().any(|variable| variable.starts_with("NOTIFY_SOCKET=")) {
+            return Ok(());
+        }
+        env.push(format!("NOTIFY_SOCKET={NOTIFY}"));
+        let mount = MountBuilder::default().destination(NOTIFY).source(socket).typ("bind");
+        let mount = mount.options(vec!["bind".to_string()]).build().context("NOTIFY_SOCKET")?;
+        self.spec.mounts_mut().get_or_insert_default().push(mount);
+        Ok(())
+    }
 }
 
 /// A file system's refusal, with the next step where it is only that something is not there.

@@ -96,7 +96,10 @@ pub fn birth<'a>(
     let called = timeline::now();
     refuse_flags(args)?;
     context.store.path(&args.id)?;
-    let bundle = bundle::open(&args.bundle)?;
+    let mut bundle = bundle::open(&args.bundle)?;
+    if let Some(socket) = std::env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty()) {
+        bundle.notify(Path::new(&socket))?;
+    }
     for warning in &bundle.warnings {
         if detached { context.log.aside(warning) } else { context.log.warn(warning) }
     }

@@ -48,6 +48,7 @@ pub fn cases() -> Vec<Case> {
         sharing(At::Vm, set_up, APART),
         wish(At::Both, "sockets/what-was-sent-before-the-end-arrives", before_the_end),
         wish(At::Both, "sockets/a-killed-container-hangs-up", killed),
+        wish(At::Both, "sockets/the-callers-notify-socket-is-the-containers", notify),
     ]
 }
 
@@ -318,6 +319,29 @@ fn killed(world: &'static World) -> Result<()> {
     ensure!(matches!(end, Ok(0)) || end.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset));
     container.wait()?;
     container.delete(&["--force"])?;
+    fs::remove_dir_all(&dir)?;
+    Ok(())
+}
+
+/// sd_notify(3), where whoever calls the runtime has a service manager.
+fn notify(world: &'static World) -> Result<()> {
+    let dir = world.make_dir("notify")?;
+    let manager = UnixDatagram::bind(dir.join("manager"))?;
+    manager.set_read_timeout(Some(world.patience()))?;
+    let script = format!("@ARGV = ($ENV{{NOTIFY_SOCKET}}); {SEND} out('READY=1'); sleep 1");
+    let bundle = world.bundle(&with_perl(Config::new(&["perl", "-e", &script])))?;
+    let run = |socket: &Path| {
+        let mut command =
+            world.command(&["run", "--bundle", &bundle.display().to_string(), &world.name("c")]);
+        command.env("NOTIFY_SOCKET", socket);
+        process::run(command, b"", world.patience())
+    };
+    run(&dir.join("manager"))?.code(0)?;
+    let mut buffer = [0; 100];
+    let count = manager.recv(&mut buffer).context("a datagram")?;
+    same(&String::from_utf8_lossy(&buffer[..count]).trim_end(), &"READY=1")?;
+    let missing = run(&dir.join("nobody"))?;
+    ensure!(missing.code != 0 && missing.stderr.contains("nobody"), "{}", missing.stderr);
     fs::remove_dir_all(&dir)?;
     Ok(())
 }
