@@ -53,6 +53,10 @@ pub struct Post<'a> {
     pub timeline: Option<Timeline>,
 }
 
+/// How much of an output this process holds for a slow reader before the guest has to wait for that; credit that waited for
+/// each write would let the guest run one window a round trip. A terminal's output must not lag behind its Control-C.
+const AHEAD: u32 = 256 << 10;
+
 /// Signals by which a caller gives up on what it waits for.
 pub const ENDING: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
@@ -72,8 +76,8 @@ struct Relay<'a> {
     exit: Option<ExitStatus>,
     /// Outputs with bytes yet to come or to be written.
     outputs: u8,
-    /// Credit in use, by stream.
-    outstanding: [u32; 3],
+    /// What of stdout and stderr is on its way, by stream.
+    flows: [Flow; 3],
     connected: bool,
     vm_ended: bool,
     /// What the process's terminal was told last.
@@ -92,7 +96,7 @@ pub fn run(connection: Connection, signals: &SignalFd, post: Post) -> Result<Exi
         pumps,
         exit: None,
         outputs: 2,
-        outstanding: [0; 3],
+        flows: Default::default(),
         connected: true,
         vm_ended: false,
         size: None,
@@ -123,6 +127,24 @@ pub fn run(connection: Connection, signals: &SignalFd, post: Post) -> Result<Exi
         if ready.vm {
             relay.vm_ended()?;
         }
+    }
+}
+
+/// One output between the guest and its reader, in credit.
+#[derive(Default)]
+struct Flow {
+    /// Received and not yet written.
+    held: u32,
+    /// Of the guest's window, not yet granted back.
+    owed: u32,
+}
+
+impl Flow {
+    /// What to grant now, so that not more than a window and `ahead` can be held.
+    fn grant(&mut self, ahead: u32) -> u32 {
+        let granted = self.owed.min((self.owed + ahead).saturating_sub(self.held));
+        self.owed -= granted;
+        granted
     }
 }
 
@@ -194,14 +216,16 @@ impl Relay<'_> {
                 Frame::Message(body) => self.note(&body)?,
             }
         }
+        self.grant();
         Ok(())
     }
 
     /// A guest that sends beyond its credit would fill this process's memory.
     fn receive_output(&mut self, stream: Stream, bytes: Vec<u8>) -> Result<()> {
-        let outstanding = &mut self.outstanding[stream as usize];
-        *outstanding += cost(bytes.len());
-        if stream == Stream::Stdin || *outstanding > WINDOW {
+        let flow = &mut self.flows[stream as usize];
+        flow.owed += cost(bytes.len());
+        flow.held += cost(bytes.len());
+        if stream == Stream::Stdin || flow.owed > WINDOW {
             bail!("the guest sends more than it may");
         }
         if let Some(timeline) = self.post.timeline.take() {
@@ -209,6 +233,23 @@ impl Relay<'_> {
         }
         self.pumps.write(stream, bytes);
         Ok(())
+    }
+
+    /// Lets the guest send more where it may.
+    fn grant(&mut self) {
+        let ahead = if self.post.terminal.is_some() { 0 } else { AHEAD };
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            let granted = self.flows[stream as usize].grant(ahead);
+            if granted > 0 {
+                self.push(&Frame::Credit(stream, granted));
+            }
+        }
+    }
+
+    fn push(&mut self, frame: &Frame) {
+        if self.connected && self.exit.is_none() {
+            let _ = self.connection.push(frame);
+        }
     }
 
     fn end(&mut self, stream: Stream) {
@@ -268,9 +309,10 @@ impl Relay<'_> {
             Event::InputEnded if self.post.terminal.is_some_and(|fd| fd != 0) => return,
             Event::InputEnded => Frame::End(Stream::Stdin),
             Event::Consumed(stream, credit) => {
-                let outstanding = &mut self.outstanding[stream as usize];
-                *outstanding = outstanding.saturating_sub(credit);
-                Frame::Credit(stream, credit)
+                let held = &mut self.flows[stream as usize].held;
+                *held = held.saturating_sub(credit);
+                self.grant();
+                return;
             }
             Event::Closed(stream) => Frame::End(stream),
             Event::Drained(stream) => {
@@ -281,9 +323,7 @@ impl Relay<'_> {
                 return;
             }
         };
-        if self.connected && self.exit.is_none() {
-            let _ = self.connection.push(&frame);
-        }
+        self.push(&frame);
     }
 
     /// Passes signals on. True when one came after the process's end: then output that nobody reads is given up.
@@ -361,3 +401,27 @@ impl std::fmt::Display for VmDied {
 }
 
 impl std::error::Error for VmDied {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_reader_is_waited_for_once_as_much_is_held_as_may_be() {
+        for ahead in [0, 3000, AHEAD] {
+            let mut flow = Flow::default();
+            let mut left = WINDOW;
+            while left > 0 {
+                let sent = left.min(1000);
+                left -= sent;
+                (flow.held, flow.owed) = (flow.held + sent, flow.owed + sent);
+                left += flow.grant(ahead);
+            }
+            assert_eq!(flow.held, WINDOW + ahead);
+            flow.held -= 700;
+            assert_eq!(flow.grant(ahead), 700);
+            flow.held = 0;
+            assert_eq!((flow.grant(ahead), flow.owed), (WINDOW - 700, 0));
+        }
+    }
+}

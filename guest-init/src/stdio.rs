@@ -16,6 +16,9 @@ use nix::unistd::{pipe2, read, write};
 
 use crate::terminal::{self, Terminal};
 
+/// How much input is held for a process that does not read yet, beyond the window: the next bytes travel meanwhile.
+const AHEAD: usize = WINDOW as usize;
+
 /// The process's ends, to become its descriptors 0, 1 and 2.
 pub type Ends = [OwnedFd; 3];
 
@@ -182,7 +185,7 @@ impl Stdio {
             }
         }
         sink.pending.drain(..done);
-        if sink.pending.is_empty() && sink.owed > 0 {
+        if sink.pending.len() <= AHEAD && sink.owed > 0 {
             out.push(Frame::Credit(Stream::Stdin, sink.owed));
             sink.owed = 0;
         }
