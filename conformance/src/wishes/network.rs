@@ -162,6 +162,7 @@ const SHARED: &[Wish<Lan>] = &[
     ("net/sockets-inside-the-namespace-keep-working", |lan| {
         // As an engine asks name servers: its socket is in the namespace, the server is not.
         let _server = lan.bridge.spawn("socat UDP6-LISTEN:53,fork EXEC:'tr a-z A-Z'")?;
+        listens(|| lan.bridge.run("ss -lun"), 53)?;
         for server in [four(BRIDGE), format!("[{}]", six(BRIDGE))] {
             let ask = format!("echo forwarded | socat -t 5 - UDP:{server}:53");
             same(&lan.at_a.run(&ask)?, &"FORWARDED".into()).with_context(|| server)?;
