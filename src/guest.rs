@@ -17,8 +17,9 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 /// Name of the control socket in a VM's directory.
 pub const SOCKET: &str = "control.sock";
-/// How long the guest may take to answer; it does nothing that takes long before it does.
-pub const ANSWER: Duration = Duration::from_secs(10);
+/// How long the guest may take to answer. It does nothing that takes long before it does, but its processors may be shared
+/// with a hundred other programs'.
+pub const ANSWER: Duration = Duration::from_secs(60);
 
 /// Frames kept while a reply is awaited; the credit of three streams allows fewer.
 const MOST_HELD: usize = 256;
