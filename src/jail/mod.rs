@@ -174,8 +174,13 @@ pub fn set_limits() {
     if !cfg!(feature = "local-guest") {
         let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
     }
-    for resource in [Resource::RLIMIT_NOFILE, Resource::RLIMIT_MEMLOCK] {
-        if let Ok((_, hard)) = getrlimit(resource) {
+    let most_files =
+        std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse().ok());
+    for (resource, most) in
+        [(Resource::RLIMIT_NOFILE, most_files), (Resource::RLIMIT_MEMLOCK, Some(libc::RLIM_INFINITY))]
+    {
+        let highest = most.is_some_and(|most| setrlimit(resource, most, most).is_ok());
+        if let (false, Ok((_, hard))) = (highest, getrlimit(resource)) {
             // The hard limit is as far as it goes without privilege.
             let _ = setrlimit(resource, hard, hard);
         }
