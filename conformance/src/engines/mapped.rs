@@ -1,11 +1,15 @@
 //! Containers whose users are others on the host: docker's userns-remap, podman's --userns.
 //!
-//! Both take the ids from /etc/subuid and /etc/subgid, which have a line for this and are put back as they were.
+//! Both take the ids from /etc/subuid and /etc/subgid, which have a line for this, and so has /etc/passwd where it lacks
+//! their user; all are put back as they were.
 
 use std::fs;
+use std::io::Write;
+use std::net::TcpListener;
 use std::os::unix::fs::MetadataExt;
+use std::thread;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::engine::Engine;
 use super::{docker, podman};
@@ -28,7 +32,7 @@ const PODMAN: &[Wish<Mapped>] = &[
 /// The first id on the host, and how many there are: more than any other line of Debian's files has.
 const FIRST: u32 = 1_000_000;
 const COUNT: u32 = 1_000_000;
-const FILES: [&str; 2] = ["/etc/subuid", "/etc/subgid"];
+const FILES: [&str; 3] = ["/etc/subuid", "/etc/subgid", "/etc/passwd"];
 
 pub fn cases() -> Vec<Case> {
     let docker = |world| {
@@ -63,14 +67,17 @@ impl Mapped {
     }
 }
 
-/// Lines in the files of subordinate ids. Dropped, the files are as they were.
-struct SubordinateIds([String; 2]);
+/// Lines in these files. Dropped, the files are as they were.
+struct SubordinateIds([String; 3]);
 
 impl SubordinateIds {
     fn give(user: &str) -> Result<Self> {
         let before = FILES.map(|file| fs::read_to_string(file).unwrap_or_default());
-        for (file, text) in FILES.iter().zip(&before) {
-            fs::write(file, format!("{text}{user}:{FIRST}:{COUNT}\n"))?;
+        let ids = format!("{user}:{FIRST}:{COUNT}\n");
+        let known = before[2].lines().any(|line| line.starts_with(&format!("{user}:")));
+        let account = if known { String::new() } else { format!("{user}:x:59999:65534::/:/bin/false\n") };
+        for ((file, text), line) in FILES.iter().zip(&before).zip([&ids, &ids, &account]) {
+            fs::write(file, format!("{text}{line}"))?;
         }
         Ok(SubordinateIds(before))
     }
@@ -119,11 +126,13 @@ fn life(mapped: &mut Mapped) -> Result<()> {
 
 /// The engine's own network, whose gateway is the host.
 fn network(mapped: &mut Mapped) -> Result<()> {
+    let server = TcpListener::bind("0.0.0.0:0")?;
+    let port = server.local_addr()?.port();
+    let greeter = thread::spawn(move || server.accept()?.0.write_all(b"from the host\n"));
     let run = ["run", "--rm", "--runtime", &mapped.engine.runtime];
-    let script = "ping -c 1 -W 5 $(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')";
-    let args =
-        [&run, mapped.flags, &super::engine::SMALL, &[super::engine::IMAGE, "sh", "-c", script]].concat();
-    let said = mapped.engine.ok(&args)?;
-    ensure!(said.contains(" 0% packet loss"), "{said}");
-    Ok(())
+    let script = format!("nc $(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p') {port} </dev/null");
+    let image = [super::engine::IMAGE, "sh", "-c", &script];
+    let said = mapped.engine.ok(&[&run, mapped.flags, &super::engine::SMALL, &image[..]].concat())?;
+    same(&said.as_str(), &"from the host")?;
+    greeter.join().ok().context("the greeter")?.map_err(Into::into)
 }
