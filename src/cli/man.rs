@@ -1,9 +1,10 @@
 //! The man pages: `man/*.8` are what `--help` says, `a3s-box.toml.5` is the table of settings, each with the hand-written
 //! sections of `man/sections`.
 //!
-//! In: the command line's definitions, the settings, the sections. Out: one page a verb, one of the file. With A3S_BOX_WRITE_MAN set the test writes them
-//! (`scripts/man`), else it finds out which have gone stale.
+//! In: the command line's definitions, the settings, the sections. Out: one page a verb, one of the file. With
+//! A3S_BOX_WRITE_MAN set the test writes them (`scripts/man`), else it finds out which have gone stale.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
@@ -153,7 +154,7 @@ fn the_page_of_annotations_knows_them_all() {
     let entries = entries.into_iter().filter(|entry| entry.contains(" = "));
     let words =
         |text: &str| text.split(|c: char| !c.is_alphanumeric()).map(str::to_owned).collect::<Vec<_>>();
-    let mut known = Vec::new();
+    let mut known = BTreeSet::new();
     for entry in entries {
         let name = entry.split([' ', '"']).next().unwrap();
         let key = KEYS.iter().find(|key| key.is_annotation && key.name == name);
@@ -163,15 +164,10 @@ fn the_page_of_annotations_knows_them_all() {
         for word in said.filter(|word| !["one", "of", ""].contains(&word.as_str())) {
             assert!(words(entry).contains(&word), "{PREFIX}{name} is {values}, not {entry:?}");
         }
-        known.push(name);
+        known.insert(name);
     }
-    let all: Vec<_> = KEYS.iter().filter(|key| key.is_annotation).map(|key| key.name).collect();
-    known.sort();
-    assert_eq!(known, {
-        let mut all = all;
-        all.sort();
-        all
-    });
+    let all = KEYS.iter().filter(|key| key.is_annotation).map(|key| key.name);
+    assert_eq!(known, all.collect());
     for allowed in Settings::built_in().allowed_annotations.unwrap() {
         let (bold, line) =
             (format!(" {allowed} "), page.lines().find(|line| line.starts_with(".BR vcpus \", \"")).unwrap());
