@@ -108,7 +108,8 @@ fn start(devices: &Devices) -> Result<Infallible> {
         }
         nix::unistd::ForkResult::Child => {
             let error = become_init(devices.export, &listener.into(), &console.into(), &init.into());
-            eprintln!("guest-init: {:#}", error.err().unwrap_or_else(|| anyhow!("not started")));
+            let error = error.err().unwrap_or_else(|| anyhow!("not started"));
+            crate::log::say(&format!("guest-init: {error:#}"));
             // SAFETY: as above.
             unsafe { libc::_exit(1) }
         }

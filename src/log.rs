@@ -39,7 +39,7 @@ impl Log {
 
     /// Why the command failed. Once a command.
     pub fn error(&self, message: &str) {
-        eprintln!("a3s-box: {message}");
+        say(&format!("a3s-box: {message}"));
         self.record("error", message);
     }
 
@@ -47,7 +47,7 @@ impl Log {
     pub fn warn(&self, message: &str) {
         match self.file {
             Some(_) => self.record("warning", message),
-            None => eprintln!("a3s-box: warning: {message}"),
+            None => say(&format!("a3s-box: warning: {message}")),
         }
     }
 
@@ -72,7 +72,7 @@ impl Log {
         let message = format!("{:8.3} ms  {message}", self.start.elapsed().as_secs_f64() * 1e3);
         match self.file {
             Some(_) => self.record("debug", &message),
-            None => eprintln!("a3s-box: {message}"),
+            None => say(&format!("a3s-box: {message}")),
         }
     }
 
@@ -93,6 +93,11 @@ impl Log {
         };
         let _ = file.write_all(line.as_bytes());
     }
+}
+
+/// A line on standard error, where it takes one: `eprintln!` would panic on a full disk.
+pub fn say(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// One warning to syslog(3)'s socket, without waiting for its reader.

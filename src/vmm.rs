@@ -31,7 +31,7 @@ use crate::jail::seccomp::Filter;
 use crate::jail::tree::Export;
 use crate::jail::{self, Jail};
 use crate::kvm::{self, Trouble};
-use crate::log::sentence;
+use crate::log::{say, sentence};
 use crate::net;
 use crate::plan::{self, Vm, vm::Network};
 use crate::userns::{self, Root, UserNamespace};
@@ -280,7 +280,7 @@ pub fn firmware(path: Option<&Path>) -> Result<(PathBuf, String)> {
 pub fn main(channel: Option<String>) -> ! {
     let fd = channel.and_then(|text| text.parse::<RawFd>().ok()).filter(|fd| *fd > 2);
     let Some(fd) = fd else {
-        eprintln!("{NAME}: started by a3s-box itself, not by hand");
+        say(&format!("{NAME}: started by a3s-box itself, not by hand"));
         quit(1)
     };
     // SAFETY: the monitor left this descriptor for us, and nothing else here owns it.
@@ -290,7 +290,7 @@ pub fn main(channel: Option<String>) -> ! {
             // The monitor's end reads end-of-file: on its way to the guest. What goes wrong now is on the console.
             drop(channel);
             let error = stage.enter();
-            eprintln!("{NAME}: {}", sentence(&error));
+            say(&format!("{NAME}: {}", sentence(&error)));
             quit(1)
         }
         Err(error) => sentence(&error),

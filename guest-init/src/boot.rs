@@ -58,6 +58,11 @@ pub fn listen() -> Result<OwnedFd> {
     Ok(fd)
 }
 
+/// A line on the console, where it takes one: without, pid 1 lives on, which `println!` would not let it.
+pub fn say(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
 /// Mounts what the kernel offers, hands the cgroup controllers down.
 pub fn prepare() -> Result<()> {
     let hardened = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;

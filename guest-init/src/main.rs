@@ -39,10 +39,10 @@ fn main() {
     #[cfg(not(feature = "local"))]
     boot::fetch_program();
     let Err(error) = boot::listen().and_then(|listener| {
-        println!("{}", a3s_box_proto::LISTENING);
+        boot::say(a3s_box_proto::LISTENING);
         boot::prepare()?;
         serve::run(listener)
     });
-    eprintln!("guest-init: {error:#}");
+    boot::say(&format!("guest-init: {error:#}"));
     boot::reset();
 }

@@ -186,7 +186,7 @@ impl Server {
         let mut alive = true;
         if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
             alive = connection.receive().unwrap_or_else(|error| {
-                eprintln!("guest-init: connection {id}: {error:#}");
+                boot::say(&format!("guest-init: connection {id}: {error:#}"));
                 false
             });
         }
@@ -195,7 +195,7 @@ impl Server {
                 Some(Ok(Some(frame))) => frame,
                 Some(Ok(None)) => break,
                 Some(Err(error)) => {
-                    eprintln!("guest-init: connection {id}: {error:#}");
+                    boot::say(&format!("guest-init: connection {id}: {error:#}"));
                     alive = false;
                     break;
                 }
@@ -299,7 +299,7 @@ impl Server {
         let failed = |(id, connection): (&u64, &mut Connection)| Some((*id, connection.flush().err()?));
         let lost: Vec<_> = self.connections.iter_mut().filter_map(failed).collect();
         for (id, error) in lost {
-            eprintln!("guest-init: connection {id}: {error:#}");
+            boot::say(&format!("guest-init: connection {id}: {error:#}"));
             self.lose(id);
         }
         let over: Vec<Pid> =

@@ -28,7 +28,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::cli::{self, CgroupManager, Cli, Command, Global};
 use crate::config;
-use crate::log::{Log, sentence};
+use crate::log::{self, Log, sentence};
 use crate::store::Store;
 use crate::terminal::{self, Pty};
 use crate::vmm;
@@ -48,7 +48,7 @@ pub fn run(cli: Cli) -> u8 {
     let log = match Log::open(&cli.global) {
         Ok(log) => log,
         Err(error) => {
-            eprintln!("a3s-box: {}", sentence(&error));
+            log::say(&format!("a3s-box: {}", sentence(&error)));
             return failure;
         }
     };
