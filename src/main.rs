@@ -7,7 +7,7 @@
 //! [`krun`], or [`pod`] (a VM that is there); [`oom`] beside the monitor; [`proxy`] (the pid of a detached `exec`).
 //! Talk with the guest: [`guest`], [`relay`], [`stdio`], [`terminal`], [`console`]; [`courier`], [`sockets`].
 //! [`commands`] strings them together, one file a verb. [`log`] is the one voice, [`timeline`] remembers a start, [`patience`]
-//! bounds what may hang, [`kvm`] says what a host lacks.
+//! bounds what may hang, [`kvm`] says what a host lacks, [`shortage`] that it lacks something now.
 
 mod bundle;
 mod cgroup;
@@ -35,6 +35,7 @@ mod proxy;
 mod relay;
 mod sandbox;
 mod seccomp;
+mod shortage;
 mod sockets;
 mod stdio;
 mod store;

@@ -122,11 +122,9 @@ impl Sandbox {
         plan.guest.shared = Some(shared);
         plan.vm.vcpus = size.0;
         plan.vm.memory_mib = size.1;
-        let vmm = vmm::pidfd_open(self.vm.pid)?;
-        // Looked at behind the descriptor: the number may have become another process's.
-        if !self.vm.is_alive() {
-            bail!("sandbox {} is stopped: its VM cannot be joined", seat.sandbox);
-        }
+        let Some(vmm) = self.vm.open()? else {
+            bail!("sandbox {} is stopped: its VM cannot be joined", seat.sandbox)
+        };
         let stream = guest::dial(&self.entry.dir().join(VM_DIR), self.vm.pid)?;
         Ok((Home { seat, vm: self.vm, vmm, stream }, joined))
     }
@@ -240,10 +238,7 @@ fn open_seat(path: &Path) -> Result<OwnedFd> {
 pub fn leave(dir: &Path, record: &Record) -> Result<()> {
     // One whose making did not come so far has a sandbox, but no VM yet.
     let (Some(seat), Some(vm)) = (&record.seat, record.vm) else { return Ok(()) };
-    let Ok(vmm) = vmm::pidfd_open(vm.pid) else { return Ok(()) };
-    if !vm.is_alive() {
-        return Ok(());
-    }
+    let Some(vmm) = vm.open()? else { return Ok(()) };
     let _ = forget(dir, record, vm);
     let path = seat_path(seat.number);
     let left = vmm::inside(vmm.as_fd(), || match vmm::detach(&path) {

@@ -4,6 +4,8 @@
 //! now: its pid with start time, the freezer. In: ids and records. Out: records and OCI status. Must not: believe
 //! that something happened because it was asked for.
 
+mod process_id;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
@@ -14,14 +16,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::fcntl::{Flock, FlockArg};
 use oci_spec::runtime::Process;
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
 use crate::net;
 use crate::plan::Hooks;
+use crate::shortage::is_shortage;
 use crate::vmm;
+pub use process_id::ProcessId;
 
 const STATE: &str = "state.json";
 const LOCK: &str = "lock";
@@ -90,38 +94,6 @@ pub struct Seat {
     pub number: u16,
 }
 
-/// A process that cannot be mistaken for a later one with the same number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessId {
-    /// Pid on the host.
-    pub pid: i32,
-    /// Start time in clock ticks since boot, field 22 of /proc/PID/stat.
-    pub start_time: u64,
-}
-
-impl ProcessId {
-    /// The process with this pid now, if there is one.
-    pub fn of(pid: i32) -> Option<Self> {
-        let (state, start_time) = stat(pid)?;
-        (!matches!(state, 'Z' | 'X')).then_some(ProcessId { pid, start_time })
-    }
-
-    /// Whether it still runs: a zombie does not.
-    pub fn is_alive(self) -> bool {
-        Self::of(self.pid) == Some(self)
-    }
-}
-
-/// State letter and start time.
-fn stat(pid: i32) -> Option<(char, u64)> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name may hold anything, parentheses and spaces included.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    let mut fields = rest.split(' ');
-    let state = fields.next()?.chars().next()?;
-    Some((state, fields.nth(18)?.parse().ok()?))
-}
-
 /// Status as runtime.md defines it, and `paused` as every runtime adds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
@@ -164,16 +136,14 @@ impl Record {
 
     /// Whether a signal has stopped the container's process on the host (not its freezer).
     pub fn is_stopped_by_signal(&self) -> bool {
-        self.monitor.and_then(|monitor| stat(monitor.pid)).is_some_and(|(state, _)| state == 'T')
+        let stat = self.monitor.and_then(|monitor| process_id::stat(monitor.pid).ok()?);
+        stat.is_some_and(|(state, _)| state == 'T')
     }
 
     /// Whether the container's process is gone, at the latest after `wait`.
     pub fn ends_within(&self, wait: Duration) -> bool {
         let Some(monitor) = self.monitor else { return true };
-        match vmm::pidfd_open(monitor.pid) {
-            Ok(pidfd) if monitor.is_alive() => vmm::ends_within(pidfd.as_fd(), wait),
-            _ => true,
-        }
+        monitor.open().is_ok_and(|found| found.is_none_or(|pidfd| vmm::ends_within(pidfd.as_fd(), wait)))
     }
 
     /// The container's pid, 0 once it has stopped.
@@ -218,7 +188,7 @@ pub struct Store {
 #[derive(Debug)]
 pub struct Entry {
     dir: PathBuf,
-    _lock: Flock<File>,
+    _lock: Lock,
 }
 
 impl Store {
@@ -267,11 +237,12 @@ impl Store {
             let lock = lock(&dir)?;
             // While we waited the container may have been deleted, and its id be another's by now.
             match fs::metadata(dir.join(LOCK)) {
-                Ok(found) if lock.metadata().is_ok_and(|held| held.ino() == found.ino()) => {
+                Ok(found) if lock.0.metadata().is_ok_and(|held| held.ino() == found.ino()) => {
                     return Ok(Entry { dir, _lock: lock });
                 }
                 Ok(_) => {}
-                Err(_) => return Err(Error::NotFound.into()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Error::NotFound.into()),
+                Err(error) => return Err(error).with_context(|| format!("look at {}", dir.display())),
             }
         }
     }
@@ -315,14 +286,31 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(error).with_context(|| format!("read {}", self.root.display())),
         };
-        let mut records: Vec<Record> =
-            entries.flatten().filter_map(|entry| read(&entry.path()).ok()).collect();
+        let mut records = Vec::new();
+        for entry in entries {
+            let entry = entry.with_context(|| format!("read {}", self.root.display()))?;
+            match read(&entry.path()) {
+                Ok(record) => records.push(record),
+                Err(error) if is_shortage(&error) => return Err(error),
+                Err(_) => {}
+            }
+        }
         records.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(records)
     }
 }
 
-fn lock(dir: &Path) -> Result<Flock<File>> {
+/// A locked file. Unlocked when dropped: a process that was cloned meanwhile may still hold the descriptor.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+fn lock(dir: &Path) -> Result<Lock> {
     let path = dir.join(LOCK);
     let file = File::options()
         .create(dir.is_dir())
@@ -335,7 +323,15 @@ fn lock(dir: &Path) -> Result<Flock<File>> {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Error::NotFound.into(),
         _ => anyhow::Error::new(error).context(format!("open {}", path.display())),
     })?;
-    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("lock")
+    loop {
+        match flock(&file, FlockOperation::LockExclusive) {
+            Ok(()) => return Ok(Lock(file)),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => {
+                return Err(io::Error::from(errno)).with_context(|| format!("lock {}", path.display()));
+            }
+        }
+    }
 }
 
 fn read(dir: &Path) -> Result<Record> {
@@ -439,13 +435,6 @@ mod tests {
         for bad in ["", ".", "..", "a/b", "/a", "a b", "a\n", "ä", &"x".repeat(256)] {
             assert!(matches!(store.dir(bad), Err(Error::BadId(_))), "{bad}");
         }
-    }
-
-    #[test]
-    fn this_process_is_alive_and_a_recycled_pid_is_not_it() {
-        let me = ProcessId::of(std::process::id() as i32).unwrap();
-        assert!(me.is_alive());
-        assert!(!ProcessId { start_time: me.start_time + 1, ..me }.is_alive());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::plan::cgroup::{OWN_PARENT, Place, Scope};
@@ -44,17 +45,21 @@ pub enum Version {
 }
 
 /// What this host has.
-pub fn version() -> Version {
-    match nix::sys::statfs::statfs(ROOT) {
-        Ok(stat) if stat.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC => Version::V2,
-        Ok(_) if !v1_roots().is_empty() => Version::V1,
-        _ => Version::None,
-    }
+pub fn version() -> Result<Version> {
+    let stat = match nix::sys::statfs::statfs(ROOT) {
+        Err(Errno::ENOENT) => return Ok(Version::None),
+        stat => stat.with_context(|| format!("look at {ROOT}"))?,
+    };
+    Ok(match stat.filesystem_type() {
+        nix::sys::statfs::CGROUP2_SUPER_MAGIC => Version::V2,
+        _ if v1_roots()?.is_empty() => Version::None,
+        _ => Version::V1,
+    })
 }
 
 /// Mount points of the v1 controllers, and of the controller-less v2 hierarchy beside them.
-fn v1_roots() -> Vec<PathBuf> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+fn v1_roots() -> Result<Vec<PathBuf>> {
+    let table = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
     let cgroup = |line: &str| {
         let (fields, kind) = line.split_once(" - ")?;
         let point = fields.split(' ').nth(4)?;
@@ -63,7 +68,7 @@ fn v1_roots() -> Vec<PathBuf> {
     let mut roots: Vec<PathBuf> = table.lines().filter_map(cgroup).filter(|p| p.starts_with(ROOT)).collect();
     roots.sort();
     roots.dedup();
-    roots
+    Ok(roots)
 }
 
 impl Cgroup {
@@ -73,16 +78,20 @@ impl Cgroup {
         let Place::Path(path) = place else { return Ok(Cgroup::default()) };
         let own_parent = path.parent() == Some(Path::new(OWN_PARENT));
         let cgroup = Cgroup { dirs: dirs(path)?, own_parent, scope: None };
-        match cgroup.dirs.iter().find(|dir| !tree_pids(dir).is_empty()) {
-            Some(dir) => bail!("container's cgroup {} is not empty", dir.display()),
-            None => Ok(cgroup),
+        for dir in &cgroup.dirs {
+            // What cannot be looked at may be others', and would be killed with the container.
+            let pids = tree_pids(dir).with_context(|| format!("look into cgroup {}", dir.display()))?;
+            if !pids.is_empty() {
+                bail!("container's cgroup {} is not empty", dir.display());
+            }
         }
+        Ok(cgroup)
     }
 
     /// Makes it, with what is missing above and these limits, and moves a process in, with whatever that starts from
     /// now on.
     pub fn enter(&mut self, place: &Place, pid: i32, limits: &Limits) -> Result<()> {
-        let version = version();
+        let version = version()?;
         if let Place::Scope(scope) = place {
             // On v1 systemd has other properties, and a scope that is delegated it leaves alone.
             let known = if version == Version::V2 { limits::properties(limits) } else { Vec::new() };
@@ -93,7 +102,7 @@ impl Cgroup {
         self.dirs.iter().try_for_each(|dir| make(dir))?;
         let _ = limits::write(limits, &self.dirs, version)?;
         for dir in &self.dirs {
-            if !pids(dir).contains(&pid) {
+            if !pids(dir).is_ok_and(|pids| pids.contains(&pid)) {
                 fs::write(dir.join("cgroup.procs"), pid.to_string())
                     .with_context(|| format!("join cgroup {}", dir.display()))?;
             }
@@ -103,7 +112,7 @@ impl Cgroup {
 
     /// Changes limits.
     pub fn limit(&self, limits: &Limits) -> Result<Undo> {
-        let version = version();
+        let version = version()?;
         let undo = limits::write(limits, &self.dirs, version)?;
         let properties = limits::properties(limits);
         if let Some(scope) = self.scope.as_ref().filter(|_| version == Version::V2 && !properties.is_empty())
@@ -163,7 +172,7 @@ impl Cgroup {
 
     /// Every process in it and below it.
     pub fn pids(&self) -> Vec<i32> {
-        let mut all: Vec<i32> = self.dirs.iter().flat_map(|dir| tree_pids(dir)).collect();
+        let mut all: Vec<i32> = self.dirs.iter().filter_map(|dir| tree_pids(dir).ok()).flatten().collect();
         all.sort_unstable();
         all.dedup();
         all
@@ -185,31 +194,42 @@ impl Cgroup {
 
     /// Removes it with everything below. Its processes must have been killed; the kernel lets go of them a little
     /// later than of their parent, so a busy directory is tried again for up to two seconds.
-    pub fn remove(&self) {
+    pub fn remove(&self) -> Result<()> {
         if let Some(scope) = &self.scope {
             // Where systemd does not answer, its directories still go; it collects a scope that is empty.
             let _ = scope.stop();
         }
         let deadline = Instant::now() + Duration::from_secs(2);
+        let mut removed = Ok(());
         for dir in &self.dirs {
-            while !prune(dir) && Instant::now() < deadline {
+            let mut pruned = prune(dir);
+            while pruned.is_err() && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(2));
+                pruned = prune(dir);
             }
-            if self.own_parent
-                && let Some(parent) = dir.parent()
-            {
-                // Others may still live there; then it stays.
-                let _ = fs::remove_dir(parent);
+            let pruned = pruned.with_context(|| format!("remove cgroup {}", dir.display()));
+            removed = removed.and(pruned.and_then(|()| self.leave_parent(dir)));
+        }
+        removed
+    }
+
+    /// Others may still live there; then it stays.
+    fn leave_parent(&self, dir: &Path) -> Result<()> {
+        let Some(parent) = dir.parent().filter(|_| self.own_parent) else { return Ok(()) };
+        match fs::remove_dir(parent) {
+            Err(error) if !is_in_use(&error) && error.kind() != io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("remove cgroup {}", parent.display()))
             }
+            _ => Ok(()),
         }
     }
 }
 
 /// A path below each hierarchy's root.
 fn dirs(path: &Path) -> Result<Vec<PathBuf>> {
-    let roots = match version() {
+    let roots = match version()? {
         Version::V2 => vec![PathBuf::from(ROOT)],
-        Version::V1 => v1_roots(),
+        Version::V1 => v1_roots()?,
         Version::None => {
             bail!("linux.cgroupsPath {}: no cgroup hierarchy is mounted at {ROOT}", path.display())
         }
@@ -288,31 +308,57 @@ fn inherit_cpuset(dir: &Path) {
     }
 }
 
-fn subdirs(dir: &Path) -> impl Iterator<Item = PathBuf> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
+/// None where there is no such directory.
+fn subdirs(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    for entry in present(fs::read_dir(dir))?.into_iter().flatten() {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            all.push(entry.path());
+        }
+    }
+    Ok(all)
 }
 
-fn pids(dir: &Path) -> Vec<i32> {
-    let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    procs.lines().filter_map(|line| line.parse().ok()).collect()
+fn pids(dir: &Path) -> io::Result<Vec<i32>> {
+    let procs = present(fs::read_to_string(dir.join("cgroup.procs")))?.unwrap_or_default();
+    Ok(procs.lines().filter_map(|line| line.parse().ok()).collect())
 }
 
-fn tree_pids(dir: &Path) -> Vec<i32> {
-    let mut all = pids(dir);
-    all.extend(subdirs(dir).flat_map(|sub| tree_pids(&sub)));
-    all
+fn tree_pids(dir: &Path) -> io::Result<Vec<i32>> {
+    let mut all = pids(dir)?;
+    for sub in subdirs(dir)? {
+        all.extend(tree_pids(&sub)?);
+    }
+    Ok(all)
 }
 
-/// Removes the directory and those below; true once it is gone.
-fn prune(dir: &Path) -> bool {
-    for sub in subdirs(dir) {
-        prune(&sub);
+/// `None` for a cgroup that is not there, or is just being removed.
+fn present<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV) =>
+        {
+            Ok(None)
+        }
+        found => found.map(Some),
+    }
+}
+
+/// Removes the directory and those below.
+fn prune(dir: &Path) -> io::Result<()> {
+    for sub in subdirs(dir)? {
+        prune(&sub)?;
     }
     match fs::remove_dir(dir) {
-        Ok(()) => true,
-        Err(error) => error.kind() == io::ErrorKind::NotFound,
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
+}
+
+/// Whether a directory stays because of what is in it.
+fn is_in_use(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::DirectoryNotEmpty)
 }
 
 #[cfg(test)]

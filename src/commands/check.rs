@@ -220,11 +220,11 @@ fn tap() -> Finding {
 }
 
 fn cgroups() -> Finding {
-    let result = match cgroup::version() {
+    let result = cgroup::version().and_then(|version| match version {
         Version::V2 => Ok(format!("v2 ({})", drivers())),
         Version::V1 => Ok(format!("v1 ({})", drivers())),
         Version::None => Err(anyhow!("nothing is mounted at /sys/fs/cgroup")),
-    };
+    });
     finding("cgroups", true, result, "mount them: `mount -t cgroup2 cgroup2 /sys/fs/cgroup`")
 }
 

@@ -71,15 +71,17 @@ impl Drop for Born<'_> {
         if let Some(handle) = &self.handle {
             handle.kill();
         }
-        self.record.cgroup.remove();
         // What went wrong before is what the caller is told.
+        let gone = self.record.cgroup.remove();
         let _ = self.record.network.as_ref().map(net::clean);
         let _ = pod::leave(entry.dir(), &self.record);
         if let Some(path) = self.pid_file {
             let _ = std::fs::remove_file(path);
         }
         // What is left is a directory without processes: `delete --force` takes it.
-        let _ = entry.remove();
+        if gone.is_ok() {
+            let _ = entry.remove();
+        }
         hooks::poststop(&self.record, &self.context.log);
         let _ = delete::retire(self.context, &self.record);
     }
@@ -250,8 +252,8 @@ fn raise(
     let handle = monitor::spawn(plan, namespace, entry.dir(), home, slave)?;
     timeline.mark(Mark::Monitor);
     context.log.debug("monitor cloned");
-    born.record.monitor = ProcessId::of(handle.pid);
     let handle = born.handle.insert(handle);
+    born.record.monitor = ProcessId::of(handle.pid)?;
     entry.save(&born.record)?;
     if let Some((place, limits)) = place {
         born.record.cgroup.enter(place, handle.pid, limits)?;
@@ -266,7 +268,7 @@ fn raise(
             (Report::Vmm, pid) => {
                 timeline.mark(Mark::Vmm);
                 context.log.debug("VMM started");
-                born.record.vm = pid.and_then(ProcessId::of);
+                born.record.vm = ProcessId::of(pid.context("the VMM's pid")?)?;
                 entry.save(&born.record)?;
             }
             (Report::Environment, _) => {

@@ -10,6 +10,7 @@ use crate::cli;
 use crate::hooks;
 use crate::net;
 use crate::pod;
+use crate::shortage::is_shortage;
 use crate::store::{Entry, Error, Record, Seat, Status};
 use crate::vmm;
 
@@ -35,7 +36,8 @@ pub fn delete(context: &Context, args: &cli::Delete) -> Result<i32> {
             entry.remove()?;
             return if args.force { Ok(0) } else { Err(Error::NotFound.into()) };
         }
-        Err(_) if args.force => {
+        // Nothing can be learned from it. What cannot be read for want of something may be whole.
+        Err(error) if args.force && !is_shortage(&error) => {
             entry.remove()?;
             return Ok(0);
         }
@@ -60,7 +62,7 @@ fn deletable(record: &Record) -> Result<()> {
 pub fn remove(context: &Context, entry: Entry, record: &Record) -> Result<()> {
     kill(record)?;
     record.cgroup.kill();
-    record.cgroup.remove();
+    record.cgroup.remove()?;
     let left = pod::leave(entry.dir(), record);
     let cleaned = record.network.as_ref().map_or(Ok(()), net::clean);
     entry.remove()?;
@@ -71,7 +73,10 @@ pub fn remove(context: &Context, entry: Entry, record: &Record) -> Result<()> {
 /// Removes the sandbox that a container lived in, where no engine knows of it and nobody lives there any more.
 pub fn retire(context: &Context, record: &Record) -> Result<()> {
     let Some(Seat { sandbox, .. }) = &record.seat else { return Ok(()) };
-    let Ok(entry) = context.store.open(sandbox) else { return Ok(()) };
+    let entry = match context.store.open(sandbox) {
+        Err(error) if pod::is_not_found(&error) => return Ok(()),
+        entry => entry?,
+    };
     let lives_there = |other: &Record| other.seat.as_ref().is_some_and(|seat| seat.sandbox == *sandbox);
     match entry.read() {
         Ok(record) if record.made && !context.store.list()?.iter().any(lives_there) => {
@@ -86,14 +91,11 @@ pub fn retire(context: &Context, record: &Record) -> Result<()> {
 /// Ends the monitor, and its VM with it.
 pub fn kill(record: &Record) -> Result<()> {
     let Some(monitor) = record.monitor else { return Ok(()) };
-    let Ok(pidfd) = vmm::pidfd_open(monitor.pid) else { return Ok(()) };
-    // Looked at behind the descriptor: the number may have become another process's.
-    if monitor.is_alive() {
-        vmm::kill(pidfd.as_fd());
-        thaw(record);
-        if !vmm::ends_within(pidfd.as_fd(), GONE) {
-            bail!("container {} cannot be killed: pid {} does not end", record.id, monitor.pid);
-        }
+    let Some(pidfd) = monitor.open()? else { return Ok(()) };
+    vmm::kill(pidfd.as_fd());
+    thaw(record);
+    if !vmm::ends_within(pidfd.as_fd(), GONE) {
+        bail!("container {} cannot be killed: pid {} does not end", record.id, monitor.pid);
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use super::{Context, start};
 use crate::cli;
 use crate::guest;
-use crate::store::{Record, Status};
+use crate::store::{ProcessId, Record, Status};
 use crate::vmm;
 
 /// A guest that does not greet, or has not taken a SIGKILL, or has not let go of the process by then each time, does
@@ -79,8 +79,7 @@ fn end(record: &Record) -> Result<i32> {
         return Ok(0);
     }
     if let Some(vm) = record.vm
-        && let Ok(pidfd) = vmm::pidfd_open(vm.pid)
-        && vm.is_alive()
+        && let Some(pidfd) = vm.open()?
         && !vmm::ends_within(pidfd.as_fd(), GRACE)
     {
         vmm::kill(pidfd.as_fd());
@@ -93,14 +92,12 @@ fn end(record: &Record) -> Result<i32> {
 }
 
 fn signal_monitor(record: &Record, signal: i32) -> Result<()> {
-    let sent = record.monitor.map(|monitor| (monitor, vmm::pidfd_open(monitor.pid)));
-    match sent {
-        // Looked at again behind the descriptor: the number may have become another process's.
-        Some((monitor, Ok(pidfd))) if monitor.is_alive() => match vmm::signal(pidfd.as_fd(), signal) {
-            Err(Errno::ESRCH) => bail!("container not running"),
-            result => result.context("signal the monitor"),
-        },
-        _ => bail!("container not running"),
+    let Some(pidfd) = record.monitor.map_or(Ok(None), ProcessId::open)? else {
+        bail!("container not running")
+    };
+    match vmm::signal(pidfd.as_fd(), signal) {
+        Err(Errno::ESRCH) => bail!("container not running"),
+        result => result.context("signal the monitor"),
     }
 }
 
