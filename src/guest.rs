@@ -15,6 +15,8 @@ use a3s_box_proto::{self as proto, Decoder, Frame, Greeting, Outcome, Reply, Req
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::socket::{getsockopt, sockopt};
 
+use crate::shortage::is_shortage;
+
 /// Name of the control socket in a VM's directory.
 pub const SOCKET: &str = "control.sock";
 /// How long the guest may take to answer. It does nothing that takes long before it does, but its processors may be shared
@@ -46,6 +48,12 @@ impl fmt::Display for NotReady {
 
 impl std::error::Error for NotReady {}
 
+/// Nobody listens yet, or any more. Waiting does not end a shortage.
+pub fn unready(error: impl Into<anyhow::Error>) -> anyhow::Error {
+    let error = error.into();
+    if is_shortage(&error) { error.context("connect to the guest") } else { NotReady.into() }
+}
+
 /// Dials the VM whose directory is `dir`; `vmm` is the host pid that must own the socket. Not a byte of the guest's is
 /// read yet.
 pub fn dial(dir: &Path, vmm: i32) -> Result<UnixStream> {
@@ -58,11 +66,11 @@ pub fn dial(dir: &Path, vmm: i32) -> Result<UnixStream> {
         .context("open the VM's directory")?;
     // By way of the descriptor: no path grows beyond sun_path's 108 bytes, no component can be swapped.
     let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
-    let kind = std::fs::symlink_metadata(&path).map_err(|_| NotReady)?.file_type();
+    let kind = std::fs::symlink_metadata(&path).map_err(unready)?.file_type();
     if !kind.is_socket() {
         bail!("the control socket is not a socket");
     }
-    let stream = UnixStream::connect(&path).map_err(|_| NotReady)?;
+    let stream = UnixStream::connect(&path).map_err(unready)?;
     let peer = getsockopt(&stream, sockopt::PeerCredentials).context("peer credentials")?.pid();
     if peer != vmm {
         bail!("the control socket belongs to pid {peer}, not to the VM's {vmm}");
@@ -88,7 +96,7 @@ impl Connection {
                 )
             }
             Ok(_) => bail!("the guest did not greet"),
-            Err(_) => return Err(NotReady.into()),
+            Err(error) => return Err(unready(error)),
         }
         Ok(connection)
     }

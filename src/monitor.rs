@@ -39,6 +39,7 @@ use crate::plan::{Namespace, Plan};
 use crate::pod::{self, Home};
 use crate::relay::{self, Post, Vm, VmDied};
 use crate::sockets::{self, Sockets};
+use crate::stdio::Pumps;
 use crate::store::VM_DIR;
 use crate::timeline::{Mark, Timeline};
 use crate::userns::{self, UserNamespace};
@@ -232,14 +233,15 @@ pub fn pid_of(pidfd: impl AsFd) -> Option<i32> {
 struct Reporter(OwnedFd);
 
 impl Reporter {
-    fn send(&self, report: &Report, fd: Option<BorrowedFd<'_>>) {
-        let Ok(bytes) = serde_json::to_vec(report) else { return };
+    fn send(&self, report: &Report, fd: Option<BorrowedFd<'_>>) -> Result<()> {
+        let bytes = serde_json::to_vec(report).context("encode report")?;
         let raw: Vec<_> = fd.iter().map(|fd| fd.as_raw_fd()).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
         let control = if raw.is_empty() { &[][..] } else { &rights[..] };
         let slices = [std::io::IoSlice::new(&bytes)];
-        // Whoever asked may be gone; that is noticed where it matters.
-        let _ = sendmsg::<()>(self.0.as_raw_fd(), &slices, control, MsgFlags::MSG_NOSIGNAL, None);
+        sendmsg::<()>(self.0.as_raw_fd(), &slices, control, MsgFlags::MSG_NOSIGNAL, None)
+            .context("report")?;
+        Ok(())
     }
 
     /// Waits for the caller's [`Handle::go_on`]; false where the caller is gone, and with it who would start or
@@ -250,7 +252,8 @@ impl Reporter {
     }
 
     fn phase(&self, text: &str) {
-        self.send(&Report::Phase(text.into()), None);
+        // Whoever asked may be gone; that is noticed where it matters.
+        let _ = self.send(&Report::Phase(text.into()), None);
     }
 }
 
@@ -265,24 +268,25 @@ fn live(plan: Plan, dir: &Path, opened: Opened, slave: Option<OwnedFd>, channel:
     let born = begin_session(slave, plan.guest.idle).and(outside).and_then(|outside| {
         let mut stage = prepare(plan, dir, opened, &outside, &reporter)?;
         let connection = stage.create(&reporter)?;
-        Ok((stage, connection))
+        let pumps = Pumps::start(stage.terminal.is_some())?;
+        Ok((stage, connection, pumps))
     });
-    let (stage, connection) = match born {
+    let (stage, connection, pumps) = match born {
         Ok(born) => born,
         Err(error) => {
-            reporter.send(&Report::Failed(guest::clean(&sentence(&error))), None);
+            let _ = reporter.send(&Report::Failed(guest::clean(&sentence(&error))), None);
             return 1;
         }
     };
-    reporter.send(&Report::Ready, None);
-    if !reporter.may_go_on() {
+    if reporter.send(&Report::Ready, None).is_err() || !reporter.may_go_on() {
         return 1;
     }
     drop(reporter);
     let Stage { id, mut vm, mut teller, sockets, signals, last_message, timeline, terminal, .. } = stage;
-    let (teller, sockets, timeline) = (Some(&mut teller), sockets.as_ref(), Some(timeline));
-    let post =
-        Post { container: &id, vm: vm.as_mut(), teller, sockets, terminal, timeline, ..Post::default() };
+    let (teller, sockets) = (Some(&mut teller), sockets.as_ref());
+    let (pumps, timeline) = (Some(pumps), Some(timeline));
+    let vm = vm.as_mut();
+    let post = Post { container: &id, vm, teller, sockets, terminal, pumps, timeline, ..Post::default() };
     match relay::run(connection, &signals, post) {
         Ok(status) => {
             leave_word(last_message, &End::Regular);
@@ -387,7 +391,7 @@ fn start_vm(plan: &Plan, dir: &Path, user: Option<&UserNamespace>, reporter: &Re
     let (root, vm_dir) = (user.map(|user| user.root), dir.join(VM_DIR));
     let console = Console::create(&vm_dir, root)?;
     let vmm = vmm::spawn(&plan.vm, &vm_dir, dir, user)?;
-    reporter.send(&Report::Vmm, Some(vmm.pidfd()));
+    reporter.send(&Report::Vmm, Some(vmm.pidfd()))?;
     net::prepare(&plan.vm.network, root)?;
     Ok(Vm { vmm, console })
 }
@@ -396,7 +400,7 @@ fn start_vm(plan: &Plan, dir: &Path, user: Option<&UserNamespace>, reporter: &Re
 /// still, its namespaces are the container's.
 fn run_hooks(list: &[Hook], state: &Value, rootfs: &Path, reporter: &Reporter) -> Result<()> {
     let before = tree::mounts_below(rootfs)?;
-    reporter.send(&Report::Environment, None);
+    reporter.send(&Report::Environment, None)?;
     if !reporter.may_go_on() {
         bail!("create was given up");
     }

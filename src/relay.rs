@@ -49,6 +49,8 @@ pub struct Post<'a> {
     pub half_closes: bool,
     /// Whether this process is a shell's job, to be stopped by its terminal instead of the guest's process.
     pub is_job: bool,
+    /// The pumps, where they had to run before the process was promised to anybody.
+    pub pumps: Option<Pumps>,
     /// Who wants to know of the first byte of output.
     pub timeline: Option<Timeline>,
 }
@@ -85,8 +87,9 @@ struct Relay<'a> {
 }
 
 /// Relays until the guest process has ended and its output is written.
-pub fn run(connection: Connection, signals: &SignalFd, post: Post) -> Result<ExitStatus> {
-    let mut pumps = Pumps::start(post.terminal.is_some())?;
+pub fn run(connection: Connection, signals: &SignalFd, mut post: Post) -> Result<ExitStatus> {
+    let has_terminal = post.terminal.is_some();
+    let mut pumps = post.pumps.take().map_or_else(|| Pumps::start(has_terminal), Ok)?;
     if post.terminal.is_some() {
         pumps.end(Stream::Stderr);
     }
