@@ -4,7 +4,7 @@
 //! [`cases`] runs the tests, [`wishes`] and [`engines`] hold them, [`requirements`] says what they are for, [`profile`] where
 //! a runtime differs, [`report`] tells; [`world`], [`container`] and [`config`] are what they are made of; [`process`] keeps
 //! a hanging command from hanging the suite, [`pty`] is a terminal to type on, [`documents`] what users are told to type;
-//! [`leaks`] counts what is left at the end.
+//! [`leaks`] counts what is left at the end; [`tracer`] lets a system call fail.
 
 #![forbid(unsafe_code)]
 
@@ -21,6 +21,8 @@ mod pty;
 mod report;
 mod requirements;
 mod sha256;
+#[cfg(target_arch = "x86_64")]
+mod tracer;
 mod wishes;
 mod world;
 
@@ -33,6 +35,13 @@ use options::{Level, Options};
 use world::World;
 
 fn main() -> ExitCode {
+    #[cfg(target_arch = "x86_64")]
+    if std::env::args_os().nth(1).is_some_and(|word| word == tracer::WORD) {
+        return tracer::main(std::env::args_os().skip(2)).unwrap_or_else(|error| {
+            eprintln!("a3s-box-conformance: {error:#}");
+            ExitCode::from(tracer::BROKEN)
+        });
+    }
     match options::parse(std::env::args_os().skip(1)) {
         Ok(Some(options)) => match suite(&options) {
             Ok(true) => ExitCode::SUCCESS,

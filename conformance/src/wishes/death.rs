@@ -42,7 +42,7 @@ pub fn vmm(world: &World, container: i32) -> Result<i32> {
 }
 
 /// Everything below a process.
-fn family(world: &World, root: i32) -> Vec<i32> {
+pub fn family(world: &World, root: i32) -> Vec<i32> {
     let below = |mut pid: i32| {
         while let Some(above) = parent(pid) {
             if above == root {

@@ -12,6 +12,8 @@ mod engines;
 mod environment;
 mod examples;
 mod exec;
+#[cfg(target_arch = "x86_64")]
+mod faults;
 mod fields;
 mod hooks;
 mod hostile;
@@ -41,6 +43,7 @@ mod resources;
 mod run;
 mod seccomp;
 mod settings;
+mod soak;
 mod sockets;
 mod states;
 mod streams;
@@ -113,6 +116,9 @@ pub fn all() -> Vec<Case> {
             machine::cases(),
             many::cases(),
             chaos::cases(),
+            soak::cases(),
+            #[cfg(target_arch = "x86_64")]
+            faults::cases(),
         ]
         .into_iter()
         .flatten(),
