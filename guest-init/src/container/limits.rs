@@ -12,7 +12,6 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
-use super::device_filter;
 use crate::boot::{CGROUP_ROOT, set};
 use crate::process::words;
 
@@ -45,7 +44,7 @@ impl Cgroup {
         }
         let Some(rules) = &spec.device_rules else { return Ok(()) };
         let dir = File::open(&self.path).context("open the container's cgroup in the guest")?;
-        device_filter::attach(&dir, rules).context("linux.resources.devices")
+        a3s_box_devices::attach(&dir, rules).context("linux.resources.devices")
     }
 
     fn set(&self, file: &str, value: &str) -> Result<()> {

@@ -3,7 +3,6 @@
 //! In: a planned container or process. Out: a child that builds itself and reports on its status pipe. Must not: do
 //! in pid 1 what could block; every mount and every look into the container's files happens in the child.
 
-mod device_filter;
 mod limits;
 mod shared;
 mod user;

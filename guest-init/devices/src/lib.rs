@@ -1,13 +1,14 @@
-//! Which devices a container may use: a program of its cgroup, which the kernel asks at every open and mknod.
+//! Which devices the processes of a cgroup may use: a program of cgroup v2, which the kernel asks at every open and
+//! mknod. The host's cgroup of a VM has one, and the guest's of a container.
 //!
 //! In: rules. Out: a loaded and attached program; it lives as long as the cgroup. Must not: allow what no rule allows.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use a3s_box_proto::{DeviceKind, DeviceRule};
 use anyhow::{Context, Result};
-use nix::errno::Errno;
 
 const EVERY_ACCESS: u32 = 7;
 /// linux/bpf.h
@@ -56,6 +57,11 @@ pub fn attach(cgroup: &File, rules: &[DeviceRule]) -> Result<()> {
         flags: BPF_F_ALLOW_MULTI,
     };
     bpf(BPF_PROG_ATTACH, &attach).context("attach the filter of devices").map(drop)
+}
+
+/// Whether the kernel takes such programs, and from this process; else, why not.
+pub fn usable() -> io::Result<()> {
+    load(&encode(&program(&[]))).map(drop)
 }
 
 /// From the last rule to the first: each takes a stand on what is wanted and not yet allowed.
@@ -126,7 +132,7 @@ fn encode(program: &[Instruction]) -> Vec<u64> {
     program.iter().map(word).collect()
 }
 
-fn load(program: &[u64]) -> Result<OwnedFd> {
+fn load(program: &[u64]) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Load {
         kind: u32,
@@ -155,11 +161,11 @@ fn load(program: &[u64]) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn bpf<T>(command: libc::c_int, attributes: &T) -> Result<libc::c_int, Errno> {
+fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_int> {
     // SAFETY: the attributes and what they point to live until after the call, and their size is given.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
-    Errno::result(result).map(|value| value as libc::c_int)
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as libc::c_int) }
 }
 
 #[cfg(test)]
