@@ -4,6 +4,7 @@
 //! [`systemd`]'s scopes. In: a planned place. Out: a [`Cgroup`] that is kept in the state. Must not: leave a directory
 //! behind, or take one that others live in.
 
+pub mod devices;
 mod limits;
 pub mod systemd;
 
@@ -88,26 +89,28 @@ impl Cgroup {
         Ok(cgroup)
     }
 
-    /// Makes it, with what is missing above and these limits, and moves a process in, with whatever that starts from
-    /// now on.
-    pub fn enter(&mut self, place: &Place, pid: i32, limits: &Limits) -> Result<()> {
+    /// Makes it, with what is missing above, these limits and few of the host's devices ([`devices::confine`]: whether
+    /// that was possible), and moves a process in, with whatever that starts from now on.
+    pub fn enter(&mut self, place: &Place, pid: i32, limits: &Limits) -> Result<bool> {
         let version = version()?;
         if let Place::Scope(scope) = place {
-            // On v1 systemd has other properties, and a scope that is delegated it leaves alone.
-            let known = if version == Version::V2 { limits::properties(limits) } else { Vec::new() };
+            // On v1 it has other properties for limits, and leaves those of a scope that is delegated alone.
+            let known =
+                if version == Version::V2 { limits::properties(limits) } else { devices::properties() };
             scope.start(pid, known)?;
             self.scope = Some(scope.clone());
             self.dirs = dirs(&path_of(pid, &scope.unit)?)?;
         }
         self.dirs.iter().try_for_each(|dir| make(dir))?;
         let _ = limits::write(limits, &self.dirs, version)?;
+        let confined = devices::confine(&self.dirs)?;
         for dir in &self.dirs {
             if !pids(dir).is_ok_and(|pids| pids.contains(&pid)) {
                 fs::write(dir.join("cgroup.procs"), pid.to_string())
                     .with_context(|| format!("join cgroup {}", dir.display()))?;
             }
         }
-        Ok(())
+        Ok(confined)
     }
 
     /// Changes limits.
@@ -227,14 +230,20 @@ impl Cgroup {
 
 /// A path below each hierarchy's root.
 fn dirs(path: &Path) -> Result<Vec<PathBuf>> {
-    let roots = match version()? {
+    let roots = roots()?;
+    if roots.is_empty() {
+        bail!("linux.cgroupsPath {}: no cgroup hierarchy is mounted at {ROOT}", path.display());
+    }
+    Ok(roots.iter().map(|root| root.join(path)).collect())
+}
+
+/// Mount points of what this host has.
+fn roots() -> Result<Vec<PathBuf>> {
+    Ok(match version()? {
         Version::V2 => vec![PathBuf::from(ROOT)],
         Version::V1 => v1_roots()?,
-        Version::None => {
-            bail!("linux.cgroupsPath {}: no cgroup hierarchy is mounted at {ROOT}", path.display())
-        }
-    };
-    Ok(roots.iter().map(|root| root.join(path)).collect())
+        Version::None => Vec::new(),
+    })
 }
 
 /// Where systemd has put a process, below the hierarchy's root: its scope must be the last name of that.

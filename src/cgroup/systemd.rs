@@ -40,6 +40,8 @@ pub enum Value {
     Pids(Vec<u32>),
     /// `ay`
     Bytes(Vec<u8>),
+    /// `a(ss)`
+    Pairs(Vec<(String, String)>),
 }
 
 /// Properties of a unit (systemd.resource-control(5), org.freedesktop.systemd1(5)).

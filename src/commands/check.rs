@@ -46,7 +46,7 @@ pub fn check(context: &super::Context, args: &cli::Check) -> Result<i32> {
     let mut findings = vec![kernel(), kvm(), firmware(libkrunfw.as_deref())];
     let hopeful = findings.iter().all(|finding| finding.ok);
     findings.push(boots(hopeful, Duration::from_secs(args.timeout), libkrunfw));
-    findings.extend([tap(), cgroups(), landlock(), selinux(), user_namespaces(), memory()]);
+    findings.extend([tap(), cgroups(), devices(), landlock(), selinux(), user_namespaces(), memory()]);
     let able = findings.iter().all(|finding| finding.ok || !finding.needed);
     let text = match args.format {
         Format::Json => {
@@ -233,6 +233,11 @@ fn drivers() -> String {
         Ok(version) => format!("drivers cgroupfs and systemd: version {version} answers"),
         Err(error) => format!("driver cgroupfs; {}", sentence(&error)),
     }
+}
+
+fn devices() -> Finding {
+    let advice = "a wall around a VMM that makes device nodes is missing: run as root, on a kernel with CONFIG_CGROUP_BPF (v2), or with the devices controller mounted (v1)";
+    finding("devices", false, cgroup::devices::look(), advice)
 }
 
 fn landlock() -> Finding {

@@ -256,10 +256,11 @@ fn raise(
     born.record.monitor = ProcessId::of(handle.pid)?;
     entry.save(&born.record)?;
     if let Some((place, limits)) = place {
-        born.record.cgroup.enter(place, handle.pid, limits)?;
+        let confined = born.record.cgroup.enter(place, handle.pid, limits)?;
         entry.save(&born.record)?;
         timeline.mark(Mark::Cgroup);
-        context.log.debug("monitor in its cgroup");
+        let devices = if confined { "" } else { ", which keeps no device of the host's away" };
+        context.log.debug(&format!("monitor in its cgroup{devices}"));
     }
     handle.go_on()?;
     loop {

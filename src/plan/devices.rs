@@ -1,7 +1,7 @@
-//! Devices of a container: which it is given, which it may use.
+//! Devices of a container: which it is given, which it may use; and which of the host's its VM may.
 //!
 //! In: `linux.devices` and `linux.resources.devices`. Out: special files and rules for the guest. They are the guest
-//! kernel's devices, never the host's. Must not: look at any device.
+//! kernel's devices, never the host's, for which the rules are always the same. Must not: look at any device.
 
 use std::path::Path;
 
@@ -28,6 +28,24 @@ const ALWAYS: [(u32, Option<u32>); 8] = [
     (5, Some(2)),
     (136, None),
 ];
+
+/// What the VM's side on the host needs besides: /dev/kvm, /dev/net/tun.
+const VM: [(u32, u32); 2] = [(10, 232), (10, 200)];
+
+/// The rules for the host's cgroup of a container. VMM, monitor and relays would do with null, ptmx, kvm and tun; but
+/// `createContainer` hooks run in the monitor's cgroup, and find what they find below runc. Whoever may make nodes may
+/// make any, for virtiofs does so on the guest's behalf: it is to open one that is barred.
+pub fn host() -> Vec<DeviceRule> {
+    let mut rules = always();
+    rules.extend(VM.map(|(major, minor)| DeviceRule {
+        allow: true,
+        kind: Some(DeviceKind::Char),
+        major: Some(major),
+        minor: Some(minor),
+        access: READ | WRITE,
+    }));
+    rules
+}
 
 /// The special files to make, and the rules; no rules where everything is allowed.
 pub fn plan(spec: &Spec) -> Result<(Vec<Device>, Option<Vec<DeviceRule>>)> {
@@ -87,17 +105,22 @@ fn rules(given: &[LinuxDeviceCgroup]) -> Result<Option<Vec<DeviceRule>>> {
     if decisive.is_some_and(|at| given[at..].iter().all(|rule| rule.allow)) {
         return Ok(None);
     }
+    let mut rules = given[decisive.unwrap_or(0)..].to_vec();
+    rules.extend(always());
+    Ok(Some(rules))
+}
+
+/// Nodes of any device may be made, those of [`ALWAYS`] be used.
+fn always() -> Vec<DeviceRule> {
     let any = |kind| DeviceRule { allow: true, kind: Some(kind), major: None, minor: None, access: MKNOD };
-    let always = ALWAYS.map(|(major, minor)| DeviceRule {
+    let mut rules = vec![any(DeviceKind::Char), any(DeviceKind::Block)];
+    rules.extend(ALWAYS.map(|(major, minor)| DeviceRule {
         major: Some(major),
         minor,
         access: ALL,
         ..any(DeviceKind::Char)
-    });
-    let mut rules = given[decisive.unwrap_or(0)..].to_vec();
-    rules.extend([any(DeviceKind::Char), any(DeviceKind::Block)]);
-    rules.extend(always);
-    Ok(Some(rules))
+    }));
+    rules
 }
 
 fn is_about_everything(rule: &DeviceRule) -> bool {

@@ -4,7 +4,7 @@
 //! the guest builds. Touches no file, no process, no clock.
 
 pub mod cgroup;
-mod devices;
+pub mod devices;
 pub mod hooks;
 pub mod host;
 pub mod machine;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
@@ -12,6 +13,7 @@ use crate::cases::{At, Case, Wish, sharing, wish};
 use crate::config::Config;
 use crate::container::Container;
 use crate::process;
+use crate::report::NotHere;
 use crate::world::World;
 
 /// Wishes that share a container.
@@ -35,6 +37,7 @@ pub fn cases() -> Vec<Case> {
         wish(At::Both, "jail/what-connects-to-sockets-is-confined", porter),
         wish(At::Both, "jail/state-is-the-owners-alone", state),
         wish(At::Both, "jail/two-containers-share-nothing", nothing_shared),
+        wish(At::Both, "jail/a-node-of-the-hosts-opens-nothing", devices),
     ]
 }
 
@@ -290,4 +293,64 @@ fn nothing_shared(world: &'static World) -> Result<()> {
     ensure!(shared.is_empty(), "both have {shared:?}");
     ensure!(process::is_alive(one.pid) && process::is_alive(other.pid), "one has ended");
     Ok(())
+}
+
+/// Whoever has taken a VMM over may make nodes: its cgroup opens none that is not needed.
+fn devices(world: &'static World) -> Result<()> {
+    let container = Container::running(world, &Config::idle())?;
+    // Where none opens for others, that none opens there would prove nothing.
+    let outside = opened(world, None)?;
+    let opens = |(node, answer): &(String, String)| node != "null" && answer == "opens";
+    ensure!(outside.iter().any(opens), NotHere("this host's devices open for nobody here"));
+    opens_few_devices(world, vmm(&container)?)
+}
+
+/// A process in this one's cgroup can make nodes of the host's devices, and not use them.
+pub fn opens_few_devices(world: &World, pid: i32) -> Result<()> {
+    for (node, answer) in opened(world, Some(pid))? {
+        let expected = if node == "null" { "opens" } else { "Operation not permitted" };
+        ensure!(answer.ends_with(expected), "{node}: {answer}");
+    }
+    Ok(())
+}
+
+/// What becomes of nodes that a process makes and opens, in the cgroup of `pid` or where this one is.
+fn opened(world: &World, pid: Option<i32>) -> Result<Vec<(String, String)>> {
+    const SCRIPT: &str = r#"
+        mount -t tmpfs nodes "$1" && cd "$1" || exit 97
+        [ -z "$2" ] || echo $$ >"$2/cgroup.procs" || exit 98
+        shift 2
+        while [ $# -gt 0 ]; do
+          mknod "$1" "$2" "${3%:*}" "${3#*:}" || exit 99
+          echo "$1 $( (: <"$1") 2>&1 && echo opens)"
+          shift 3
+        done"#;
+    let (dir, cgroup) = (world.make_dir("nodes")?, pid.map(devices_cgroup).transpose()?.unwrap_or_default());
+    let mut command = Command::new("unshare");
+    command.env("LC_ALL", "C").args(["--mount", "sh", "-c", SCRIPT, "sh"]).arg(dir).arg(cgroup);
+    command.args(["null", "c", "1:3", "kmsg", "c", "1:11"]);
+    let disks = fs::read_dir("/sys/block")?.flatten().map(|entry| entry.path());
+    let number = |disk: PathBuf| fs::read_to_string(disk.join("dev")).ok();
+    if let Some(disk) = disks.filter(|disk| disk.join("device").exists()).find_map(number) {
+        command.args(["disk", "b", disk.trim()]);
+    }
+    let output = process::run(command, b"", world.patience())?.code(0)?.quiet()?.text();
+    let line = |line: &str| line.split_once(' ').map(|(node, answer)| (node.into(), answer.into()));
+    Ok(output.lines().filter_map(line).collect())
+}
+
+/// The directory of a process's cgroup that has a say about devices.
+fn devices_cgroup(pid: i32) -> Result<PathBuf> {
+    let table = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = |lists: &str| {
+        table.lines().find_map(|line| {
+            let (list, path) = line.split_once(':')?.1.split_once(':')?;
+            (list == lists).then(|| path.trim_start_matches('/'))
+        })
+    };
+    let v1 = Path::new("/sys/fs/cgroup/devices");
+    match path("devices").filter(|_| v1.is_dir()) {
+        Some(path) => Ok(v1.join(path)),
+        None => Ok(Path::new("/sys/fs/cgroup").join(path("").context("no cgroup")?)),
+    }
 }

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
 
+use super::jail::opens_few_devices;
 use super::machine::in_private_view;
 use super::run::same;
 use crate::cases::{At, Case, Wish, sharing, wish};
@@ -64,6 +65,7 @@ const WISHES: &[Wish<Scoped>] = &[
     ("systemd/a-reload-changes-nothing", |scoped| {
         systemctl(&["daemon-reload"])?;
         same(&cgroup(scoped.container.pid)?, &scoped.path)?;
+        opens_few_devices(scoped.container.world, scoped.container.pid)?;
         scoped.container.says("echo well", "well")
     }),
     ("systemd/delete-without-the-flag-takes-the-scope-along", |scoped| {
