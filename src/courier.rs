@@ -53,7 +53,7 @@ pub fn dial() -> Result<UnixStream> {
 /// Asks the guest, from a process that may do nothing but this and relay.
 pub fn ask(stream: UnixStream, request: &Request) -> Result<Connection> {
     jail::confine_relay(&[])?;
-    let mut connection = Connection::greet(stream, guest::ANSWER)?;
+    let mut connection = Connection::greet(stream, guest::GREETING)?;
     match connection.call(request, guest::ANSWER)? {
         Outcome::Done => Ok(connection),
         other => bail!("the guest refused: {other:?}"),

@@ -19,9 +19,11 @@ use crate::shortage::is_shortage;
 
 /// Name of the control socket in a VM's directory.
 pub const SOCKET: &str = "control.sock";
-/// How long the guest may take to answer. It does nothing that takes long before it does, but its processors may be shared
-/// with a hundred other programs'.
-pub const ANSWER: Duration = Duration::from_secs(60);
+/// How long the guest may take to greet: it does so at once, whatever else it has to do.
+pub const GREETING: Duration = Duration::from_secs(10);
+/// How long it may take to answer a request. It does nothing that takes long before it does, but others may ask as well; one that
+/// was frozen meanwhile does not answer at all.
+pub const ANSWER: Duration = Duration::from_secs(15);
 
 /// Frames kept while a reply is awaited; the credit of three streams allows fewer.
 const MOST_HELD: usize = 256;

@@ -447,7 +447,7 @@ impl Stage {
     fn create(&mut self, reporter: &Reporter) -> Result<Connection> {
         let mut connection = match (self.door.take(), &mut self.vm) {
             (None, Some(vm)) => arrival::connect(vm, &self.signals, reporter, &self.timeline)?,
-            (Some(stream), _) => Connection::greet(stream, guest::ANSWER)?,
+            (Some(stream), _) => Connection::greet(stream, guest::GREETING)?,
             (None, None) => bail!("there is no VM"),
         };
         self.timeline.mark(Mark::Greeted);

@@ -24,7 +24,7 @@ use crate::relay::{self, Post};
 use crate::{terminal, vmm};
 
 /// How long the guest may take to greet and to start the process, and a little more.
-const START: Duration = Duration::from_secs(2 * guest::ANSWER.as_secs() + 2);
+const START: Duration = Duration::from_secs(guest::GREETING.as_secs() + guest::ANSWER.as_secs() + 2);
 /// What an exec's process is told to have died of when its VM took it along.
 const KILLED: i32 = 128 + libc::SIGKILL;
 /// The longest report: a guest's text is cut well below.
@@ -44,7 +44,7 @@ pub struct Job<'a> {
 
 /// Asks the guest to run a process. The connection returned owns it.
 pub fn begin(stream: UnixStream, request: &Request) -> Result<Connection> {
-    let mut connection = Connection::greet(stream, guest::ANSWER)?;
+    let mut connection = Connection::greet(stream, guest::GREETING)?;
     match connection.call(request, guest::ANSWER)? {
         Outcome::Done => Ok(connection),
         Outcome::Failed { text } => {

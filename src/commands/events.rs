@@ -75,7 +75,7 @@ pub fn ask(context: &Context, record: &Record) -> Result<Counts> {
     if record.status() == Status::Paused {
         bail!("container is paused: its guest cannot answer");
     }
-    let mut connection = start::connect(&context.store.path(&record.id)?, record, guest::ANSWER)?;
+    let mut connection = start::connect(&context.store.path(&record.id)?, record, guest::GREETING)?;
     match connection.call(&Request::Stats { container: record.id.clone() }, guest::ANSWER)? {
         Outcome::Stats(counts) => Ok(Counts(counts)),
         Outcome::NotFound => bail!("container not running"),

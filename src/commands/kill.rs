@@ -31,9 +31,10 @@ pub fn kill(context: &Context, args: &cli::Kill) -> Result<i32> {
         Status::Created | Status::Running => {
             let dir = context.store.path(&args.id)?;
             let target = if args.all { Target::All } else { Target::Init };
-            let wait = if signal == libc::SIGKILL { GRACE } else { guest::ANSWER };
+            let (greeting, wait) =
+                if signal == libc::SIGKILL { (GRACE, GRACE) } else { (guest::GREETING, guest::ANSWER) };
             let request = Request::Signal { container: record.id.clone(), signal, target };
-            let asked = start::connect(&dir, &record, wait).and_then(|mut connection| {
+            let asked = start::connect(&dir, &record, greeting).and_then(|mut connection| {
                 // A workload that the signal ends may take the VM along before its guest's answer is through.
                 let answer = connection.call(&request, wait);
                 answer.or_else(|error| if record.ends_within(GRACE) { Ok(Outcome::Done) } else { Err(error) })

@@ -45,7 +45,7 @@ fn freeze_inside(context: &Context, record: &Record, frozen: bool) -> Result<()>
     }
     let limits = vec![("cgroup.freeze".to_string(), u8::from(frozen).to_string())];
     let request = Request::Update { container: record.id.clone(), limits };
-    let mut connection = start::connect(&context.store.path(&record.id)?, record, guest::ANSWER)?;
+    let mut connection = start::connect(&context.store.path(&record.id)?, record, guest::GREETING)?;
     match connection.call(&request, guest::ANSWER)? {
         Outcome::Done => Ok(()),
         Outcome::Failed { text } => bail!("{}", guest::clean(&text)),

@@ -25,7 +25,7 @@ pub fn ps(context: &Context, args: &cli::Ps) -> Result<i32> {
                 Status::Paused => bail!("container is paused: its guest cannot answer"),
                 Status::Creating | Status::Stopped => bail!("container not running"),
             }
-            let mut connection = start::connect(&context.store.path(&args.id)?, &record, guest::ANSWER)?;
+            let mut connection = start::connect(&context.store.path(&args.id)?, &record, guest::GREETING)?;
             match connection.call(&Request::Processes { container: record.id.clone() }, guest::ANSWER)? {
                 Outcome::Processes(processes) => table(&processes),
                 other => bail!("the guest did not list the processes: {other:?}"),

@@ -55,7 +55,7 @@ pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
     startable(record)?;
     let timeline = Timeline::open(entry.dir());
     timeline.mark(Mark::Start);
-    let mut connection = connect(entry.dir(), record, guest::ANSWER)?;
+    let mut connection = connect(entry.dir(), record, guest::GREETING)?;
     plug(entry, record, &mut connection, &timeline)?;
     let answer = connection.call(&Request::Start { container: record.id.clone() }, patience(record));
     match answer.or_else(|error| if ended(entry, record) { Ok(Outcome::Done) } else { Err(error) })? {

@@ -63,7 +63,7 @@ fn apply(context: &Context, record: &Record, before: &LinuxResources, after: &Li
     let host_limits = host::limits(after)?.without(&host_held);
     let undo = record.cgroup.limit(&host_limits)?;
     let request = Request::Update { container: record.id.clone(), limits };
-    let answer = start::connect(&context.store.path(&record.id)?, record, guest::ANSWER)
+    let answer = start::connect(&context.store.path(&record.id)?, record, guest::GREETING)
         .and_then(|mut connection| connection.call(&request, guest::ANSWER));
     let refusal = match answer {
         Ok(Outcome::Done) => return Ok(()),

@@ -26,7 +26,7 @@ const RETRY: Duration = Duration::from_millis(250);
 
 /// Dials the guest by a path relative to the VM's directory, which is the current one.
 fn dial() -> Result<Connection> {
-    Connection::greet(UnixStream::connect(guest::SOCKET).map_err(guest::unready)?, guest::ANSWER)
+    Connection::greet(UnixStream::connect(guest::SOCKET).map_err(guest::unready)?, guest::GREETING)
 }
 
 /// Waits for the greeting.
