@@ -90,7 +90,7 @@ struct Relay<'a> {
 pub fn run(connection: Connection, signals: &SignalFd, mut post: Post) -> Result<ExitStatus> {
     let has_terminal = post.terminal.is_some();
     let mut pumps = post.pumps.take().map_or_else(|| Pumps::start(has_terminal), Ok)?;
-    if post.terminal.is_some() {
+    if has_terminal {
         pumps.end(Stream::Stderr);
     }
     let mut relay = Relay {

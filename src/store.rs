@@ -18,6 +18,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use oci_spec::runtime::Process;
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::retry_on_intr;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
@@ -323,15 +324,10 @@ fn lock(dir: &Path) -> Result<Lock> {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Error::NotFound.into(),
         _ => anyhow::Error::new(error).context(format!("open {}", path.display())),
     })?;
-    loop {
-        match flock(&file, FlockOperation::LockExclusive) {
-            Ok(()) => return Ok(Lock(file)),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => {
-                return Err(io::Error::from(errno)).with_context(|| format!("lock {}", path.display()));
-            }
-        }
-    }
+    retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
+        .map_err(io::Error::from)
+        .with_context(|| format!("lock {}", path.display()))?;
+    Ok(Lock(file))
 }
 
 fn read(dir: &Path) -> Result<Record> {

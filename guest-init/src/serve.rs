@@ -186,7 +186,7 @@ impl Server {
         let mut alive = true;
         if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
             alive = connection.receive().unwrap_or_else(|error| {
-                boot::say(&format!("guest-init: connection {id}: {error:#}"));
+                complain(id, &error);
                 false
             });
         }
@@ -195,7 +195,7 @@ impl Server {
                 Some(Ok(Some(frame))) => frame,
                 Some(Ok(None)) => break,
                 Some(Err(error)) => {
-                    boot::say(&format!("guest-init: connection {id}: {error:#}"));
+                    complain(id, &error);
                     alive = false;
                     break;
                 }
@@ -299,7 +299,7 @@ impl Server {
         let failed = |(id, connection): (&u64, &mut Connection)| Some((*id, connection.flush().err()?));
         let lost: Vec<_> = self.connections.iter_mut().filter_map(failed).collect();
         for (id, error) in lost {
-            boot::say(&format!("guest-init: connection {id}: {error:#}"));
+            complain(id, &error);
             self.lose(id);
         }
         let over: Vec<Pid> =
@@ -331,6 +331,11 @@ impl Server {
         }
         self.drains.extend(left);
     }
+}
+
+/// Says on the console why a connection ends.
+fn complain(id: u64, error: &anyhow::Error) {
+    boot::say(&format!("guest-init: connection {id}: {error:#}"));
 }
 
 fn greeting() -> Greeting {
