@@ -50,7 +50,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// The commit that is built, for `--version`; a release tarball has none.
 fn commit() -> String {
-    println!("cargo:rerun-if-changed=.git/HEAD");
+    // Unlike HEAD it changes with every commit.
+    println!("cargo:rerun-if-changed=.git/logs/HEAD");
     let output = Command::new("git").args(["describe", "--always", "--dirty", "--abbrev=12"]).output();
     match output {
         Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).trim().to_string(),

@@ -104,18 +104,33 @@ impl AsFd for Console {
     }
 }
 
-/// The last lines of a console log, joined into one.
+/// What a kernel says of why and where it stops, above many lines of less use.
+const TELLING: [&str; 2] = ["BUG", "RIP:"];
+
+/// The last lines of a console log, joined into one, after the last telling ones before them.
 fn last_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
-    let mut lines: Vec<&str> =
-        text.lines().map(str::trim).filter(|line| !line.is_empty()).rev().take(5).collect();
-    lines.reverse();
-    crate::guest::clean(&lines.join(" | "))
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let (before, last) = lines.split_at(lines.len().saturating_sub(5));
+    let is_telling = |line: &&str| TELLING.iter().any(|word| line.contains(word));
+    let telling: Vec<&str> = before.iter().copied().filter(is_telling).collect();
+    let shown = [&telling[telling.len().saturating_sub(3)..], last].concat();
+    crate::guest::clean(&shown.join(" | "))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_tells_its_cause() {
+        let noise = "[    9.1] Call Trace:\n".repeat(40);
+        let text = format!("[    9.0] kernel BUG at fs/super.c:650!\n{noise}[    9.2] Kernel panic\n\n");
+        let words = last_lines(text.as_bytes());
+        assert!(words.starts_with("[    9.0] kernel BUG at fs/super.c:650! | "), "{words}");
+        assert!(words.ends_with(" | [    9.2] Kernel panic"), "{words}");
+        assert_eq!(words.matches("Call Trace").count(), 4);
+    }
 
     #[test]
     fn a_flood_keeps_its_end_and_stays_bounded() {

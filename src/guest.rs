@@ -21,9 +21,11 @@ use crate::shortage::is_shortage;
 pub const SOCKET: &str = "control.sock";
 /// How long the guest may take to greet: it does so at once, whatever else it has to do.
 pub const GREETING: Duration = Duration::from_secs(10);
-/// How long it may take to answer a request. It does nothing that takes long before it does, but others may ask as well; one that
-/// was frozen meanwhile does not answer at all.
+/// How long it may stay silent while it is asked for something: it says so where it takes longer ([`Reply::Working`]), as among
+/// a hundred that ask at once. One that is frozen says nothing.
 pub const ANSWER: Duration = Duration::from_secs(15);
+/// How often as long it may work on one request: a guest that has lost its mind does not keep the caller for ever.
+pub const ENDURANCE: u32 = 4;
 
 /// Frames kept while a reply is awaited; the credit of three streams allows fewer.
 const MOST_HELD: usize = 256;
@@ -103,12 +105,18 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Sends a request and waits for its outcome.
+    /// Sends a request and waits for its outcome: for as long as `wait` at a time while the guest works on it, [`ENDURANCE`]
+    /// times that in all.
     pub fn call(&mut self, request: &Request, wait: Duration) -> Result<Outcome> {
         self.send(request)?;
-        match self.reply(Instant::now() + wait).context("the guest's answer")? {
-            Reply::Outcome(outcome) => Ok(outcome),
-            other => Err(anyhow!("the guest answered out of turn: {other:?}")),
+        let latest = Instant::now() + wait.saturating_mul(ENDURANCE);
+        let mut deadline = Instant::now() + wait;
+        loop {
+            match self.reply(deadline).context("the guest's answer")? {
+                Reply::Outcome(outcome) => return Ok(outcome),
+                Reply::Working => deadline = latest.min(Instant::now() + wait),
+                other => bail!("the guest answered out of turn: {other:?}"),
+            }
         }
     }
 
@@ -239,6 +247,36 @@ mod tests {
         drop(connection);
         peer.join().unwrap();
         crate::log::sentence(&result.unwrap_err())
+    }
+
+    #[test]
+    fn a_busy_guest_is_waited_for_but_not_for_ever() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut say = move |reply: Reply| {
+            let mut bytes = Vec::new();
+            pack(&reply).unwrap().encode(&mut bytes);
+            theirs.write_all(&bytes)
+        };
+        say(Reply::Greeting(Greeting { version: proto::VERSION, kernel: "k".into(), uptime_us: 0 })).unwrap();
+        let mut connection = Connection::greet(ours, Duration::from_secs(5)).unwrap();
+        let wait = Duration::from_millis(300);
+        let peer = std::thread::spawn(move || {
+            for _ in 0..4 {
+                std::thread::sleep(wait / 2);
+                say(Reply::Working).unwrap();
+            }
+            say(Reply::Outcome(Outcome::Done)).unwrap();
+            while say(Reply::Working).is_ok() {
+                std::thread::sleep(wait / 3);
+            }
+        });
+        assert_eq!(connection.call(&Request::Acknowledge, wait).unwrap(), Outcome::Done);
+        let begin = Instant::now();
+        let error = connection.call(&Request::Acknowledge, wait).unwrap_err();
+        assert_eq!(crate::log::sentence(&error), "the guest's answer: timed out");
+        assert!(begin.elapsed() >= wait * ENDURANCE);
+        drop(connection);
+        peer.join().unwrap();
     }
 
     #[test]

@@ -21,6 +21,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use crate::bundle::Bundle;
 use crate::guest::{self, Connection};
 use crate::jail::{self, tree::Export};
+use crate::monitor::{self, End};
 use crate::net;
 use crate::plan::vm::{MAX_VCPUS, fits};
 use crate::plan::{MEMBERS, Machine, Namespace, Plan, exported};
@@ -86,7 +87,7 @@ impl Sandbox {
             (Status::Created | Status::Running, Some(monitor), Some(vm)) => {
                 Ok(Sandbox { entry, monitor, vm, record })
             }
-            (status, ..) => bail!("sandbox {id} is {status}: its VM cannot be joined"),
+            (status, ..) => Err(gone(id, status, entry.dir())),
         }
     }
 
@@ -123,7 +124,7 @@ impl Sandbox {
         plan.vm.vcpus = size.0;
         plan.vm.memory_mib = size.1;
         let Some(vmm) = self.vm.open()? else {
-            bail!("sandbox {} is stopped: its VM cannot be joined", seat.sandbox)
+            return Err(gone(&seat.sandbox, Status::Stopped, self.entry.dir()));
         };
         let stream = guest::dial(&self.entry.dir().join(VM_DIR), self.vm.pid)?;
         Ok((Home { seat, vm: self.vm, vmm, stream }, joined))
@@ -158,6 +159,15 @@ impl Sandbox {
         self.entry.save(&self.record)?;
         Ok(Seat { sandbox: self.record.id.clone(), number })
     }
+}
+
+/// Why no more can join it: also what its monitor said last.
+fn gone(sandbox: &str, status: Status, dir: &Path) -> anyhow::Error {
+    let why = match monitor::end(dir) {
+        Some(End::Failed(text)) => format!(": {text}"),
+        _ => String::new(),
+    };
+    anyhow!("sandbox {sandbox} is {status}: its VM cannot be joined{why}")
 }
 
 fn named(name: &str, path: &Path) -> String {

@@ -24,7 +24,8 @@ use crate::relay::{self, Post};
 use crate::{terminal, vmm};
 
 /// How long the guest may take to greet and to start the process, and a little more.
-const START: Duration = Duration::from_secs(guest::GREETING.as_secs() + guest::ANSWER.as_secs() + 2);
+const START: Duration =
+    Duration::from_secs(guest::GREETING.as_secs() + guest::ANSWER.as_secs() * guest::ENDURANCE as u64 + 2);
 /// What an exec's process is told to have died of when its VM took it along.
 const KILLED: i32 = 128 + libc::SIGKILL;
 /// The longest report: a guest's text is cut well below.

@@ -283,8 +283,9 @@ impl Relay<'_> {
                     teller.tell();
                 }
             }
+            Reply::Stillborn(text) => bail!("unable to start container process: {}", clean(&text)),
             // Outcomes of forwarded signals: a process that has ended is not an error.
-            Reply::Outcome(_) | Reply::Greeting(_) => {}
+            Reply::Outcome(_) | Reply::Working | Reply::Greeting(_) => {}
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 
 use crate::container::Born;
+use crate::process::words;
 use crate::stdio::Stdio;
 
 /// What a process is to its container.
@@ -92,7 +93,12 @@ impl Child {
                 }
                 Progress::None
             }
-            Err(_) => Progress::None,
+            Err(Errno::EAGAIN | Errno::EINTR) => Progress::None,
+            // Nothing more can be heard of it: to wait for that would be to wait for ever.
+            Err(errno) => {
+                self.status = None;
+                Progress::Failed(format!("what it tells of itself: {}", words(errno)))
+            }
         }
     }
 
@@ -191,6 +197,6 @@ pub fn signal_outcome(result: Result<(), Errno>) -> Outcome {
     match result {
         Ok(()) => Outcome::Done,
         Err(Errno::ESRCH) => Outcome::AlreadyExited,
-        Err(errno) => Outcome::Failed { text: crate::process::words(errno) },
+        Err(errno) => Outcome::Failed { text: words(errno) },
     }
 }

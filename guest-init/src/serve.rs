@@ -8,6 +8,7 @@ mod requests;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::Instant;
 
 use a3s_box_proto::{self as proto, Frame, Greeting, Outcome, Reply, Request, Stream, unpack};
 use anyhow::{Context, Result};
@@ -30,10 +31,14 @@ struct Server {
     children: HashMap<Pid, Child>,
     /// Outputs whose owner is gone, read into nothing.
     drains: Vec<OwnedFd>,
+    /// Containers whose first process is forgotten, and which others may still be leaving.
+    leaving: Vec<String>,
     /// Containers to be forgotten, and the connections that wait for it.
     deletions: Vec<(u64, String)>,
     /// Set once a container was made: from then on an empty table ends the VM.
     used: bool,
+    /// When connections that wait for an outcome last heard that it is worked on.
+    reassured: Instant,
 }
 
 #[derive(Clone, Copy)]
@@ -45,6 +50,8 @@ enum Token {
     Stream(Pid, Stream),
     /// Memory of the container with this first process.
     Memory(Pid),
+    /// Processes leave a container.
+    Population,
     Drain(usize),
 }
 
@@ -61,8 +68,10 @@ pub fn run(listener: OwnedFd) -> Result<Infallible> {
         containers: HashMap::new(),
         children: HashMap::new(),
         drains: Vec::new(),
+        leaving: Vec::new(),
         deletions: Vec::new(),
         used: false,
+        reassured: Instant::now(),
     };
     loop {
         for (token, events) in server.wait(&listener, &signals)? {
@@ -74,6 +83,7 @@ pub fn run(listener: OwnedFd) -> Result<Infallible> {
         }
         server.note_exits();
         server.settle();
+        server.reassure();
         if server.used && server.containers.is_empty() && server.connections.values().all(|c| !c.has_output())
         {
             boot::reset();
@@ -113,11 +123,22 @@ impl Server {
                 fds.push(PollFd::new(events, PollFlags::POLLPRI));
             }
         }
+        for container in self.leaving.iter().filter_map(|name| self.containers.get(name)) {
+            if let Some(population) = container.population() {
+                tokens.push(Token::Population);
+                fds.push(PollFd::new(population, PollFlags::POLLPRI));
+            }
+        }
         for (index, drain) in self.drains.iter().enumerate() {
             tokens.push(Token::Drain(index));
             fds.push(PollFd::new(drain.as_fd(), PollFlags::POLLIN));
         }
-        match poll(&mut fds, PollTimeout::NONE) {
+        let timeout = if self.waiting().next().is_some() {
+            PollTimeout::try_from(proto::WORKING).context("poll")?
+        } else {
+            PollTimeout::NONE
+        };
+        match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("poll"),
         }
@@ -127,6 +148,23 @@ impl Server {
         // Drains are removed by index: the highest first.
         ready.reverse();
         Ok(ready)
+    }
+
+    /// Connections whose request has no outcome yet.
+    fn waiting(&self) -> impl Iterator<Item = u64> {
+        let askers = self.children.values().filter_map(|child| child.asker);
+        askers.chain(self.deletions.iter().map(|(id, _)| *id))
+    }
+
+    /// Tells those who wait that their requests are worked on: a busy guest must not be taken for a frozen one.
+    fn reassure(&mut self) {
+        if self.reassured.elapsed() < proto::WORKING {
+            return;
+        }
+        self.reassured = Instant::now();
+        for id in self.waiting().collect::<Vec<_>>() {
+            self.reply(Some(id), &Reply::Working);
+        }
     }
 
     fn accept(&mut self, listener: &OwnedFd) {
@@ -147,7 +185,7 @@ impl Server {
 
     fn handle(&mut self, token: Token, events: PollFlags) {
         match token {
-            Token::Listener | Token::Signals => {}
+            Token::Listener | Token::Signals | Token::Population => {}
             Token::Connection(id) => self.receive(id, events),
             Token::Status(pid) => self.progress(pid),
             Token::Stream(pid, stream) => {
@@ -234,6 +272,7 @@ impl Server {
 
     fn progress(&mut self, pid: Pid) {
         let Some(child) = self.children.get_mut(&pid) else { return };
+        let owner = child.owner;
         let outcome = match child.read_status() {
             Progress::None => return,
             Progress::Ready => {
@@ -245,8 +284,9 @@ impl Server {
             Progress::Running => Outcome::Done,
             Progress::Failed(text) => Outcome::Failed { text },
         };
-        if let Some(asker) = child.asker.take() {
-            self.reply(Some(asker), &Reply::Outcome(outcome));
+        match (child.asker.take(), outcome) {
+            (None, Outcome::Failed { text }) => self.reply(owner, &Reply::Stillborn(text)),
+            (asker, outcome) => self.reply(asker, &Reply::Outcome(outcome)),
         }
     }
 
@@ -266,10 +306,7 @@ impl Server {
             if child.role == Role::Init
                 && let Some(container) = self.containers.get_mut(&child.container)
             {
-                container.state = State::Stopped;
-                if container.is_among_others {
-                    let _ = container.signal_all(libc::SIGKILL);
-                }
+                container.stopped();
             }
         }
     }
@@ -305,17 +342,25 @@ impl Server {
         let over: Vec<Pid> =
             self.children.iter().filter(|(_, c)| c.is_over() && c.owner.is_none()).map(|(p, _)| *p).collect();
         over.into_iter().for_each(|pid| self.forget(pid));
+        self.remove_deserted();
         self.conclude_deletions();
     }
 
     fn forget(&mut self, pid: Pid) {
         let Some(mut child) = self.children.remove(&pid) else { return };
         self.drains.extend(child.stdio.abandon());
-        if child.role == Role::Init
-            && let Some(container) = self.containers.remove(&child.container)
-        {
-            container.remove();
+        if child.role == Role::Init {
+            self.leaving.push(child.container);
         }
+    }
+
+    fn remove_deserted(&mut self) {
+        let is_deserted =
+            |name: &String| self.containers.get(name).is_none_or(|container| container.is_deserted());
+        let (gone, leaving): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.leaving).into_iter().partition(is_deserted);
+        self.leaving = leaving;
+        gone.iter().filter_map(|name| self.containers.remove(name)).for_each(Container::remove);
     }
 
     /// The connection is gone: what it owns must not outlive it.

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Error, Result, bail};
 
 use super::Context;
 use crate::guest::{self, Connection};
@@ -58,7 +58,7 @@ pub fn release(entry: &Entry, record: &mut Record) -> Result<()> {
     let mut connection = connect(entry.dir(), record, guest::GREETING)?;
     plug(entry, record, &mut connection, &timeline)?;
     let answer = connection.call(&Request::Start { container: record.id.clone() }, patience(record));
-    match answer.or_else(|error| if ended(entry, record) { Ok(Outcome::Done) } else { Err(error) })? {
+    match answer.or_else(|error| ended(entry, record, error))? {
         Outcome::Done => {}
         Outcome::Failed { text } => bail!("unable to start container process: {}", guest::clean(&text)),
         Outcome::NotFound | Outcome::AlreadyExited => bail!("cannot start a container that has stopped"),
@@ -105,9 +105,16 @@ fn plug(entry: &Entry, record: &mut Record, connection: &mut Connection, timelin
     })
 }
 
-/// Whether the container came to its own end. A short workload's VM may be gone before its guest's answer is through.
-fn ended(entry: &Entry, record: &Record) -> bool {
-    record.ends_within(ENDING) && monitor::end(entry.dir()) == Some(End::Regular)
+/// What is to be made of an answer that did not come: a short workload's VM may be gone before it is through.
+fn ended(entry: &Entry, record: &Record, error: Error) -> Result<Outcome> {
+    if !record.ends_within(ENDING) {
+        return Err(error);
+    }
+    match monitor::end(entry.dir()) {
+        Some(End::Regular) => Ok(Outcome::Done),
+        Some(End::Failed(text)) => bail!("{text}"),
+        None => Err(error),
+    }
 }
 
 /// Connects to the guest that a container lives in, which has `wait` to greet.

@@ -22,7 +22,7 @@ const LONGEST: u64 = 1 << 20;
 pub fn update(context: &Context, args: &Update) -> Result<i32> {
     let (entry, mut record) = context.store.open_checked(&args.id, updatable)?;
     let wanted = wanted(args)?;
-    let warnings = support::check(&json!({ "linux": { "resources": wanted } }))?;
+    let warnings = support::check(&json!({ "linux": { "resources": wanted } }), &[])?;
     warnings.iter().for_each(|warning| context.log.warn(warning));
     let merged = merge(record.resources.clone(), wanted);
     let (before, after) = (typed(&record.resources)?, typed(&merged)?);

@@ -50,6 +50,10 @@ pub(super) fn connect(
             match dial() {
                 Err(error) if error.is::<NotReady>() => {}
                 Ok(connection) => {
+                    // Its console may not have said so yet, or there is none.
+                    if !listening {
+                        timeline.mark(Mark::Listening);
+                    }
                     let age = connection.greeting.uptime_us;
                     timeline.mark_at(Mark::Kernel, timeline::now().saturating_sub(age));
                     return Ok(connection);

@@ -1,6 +1,7 @@
 //! `exec` in the foreground, without a terminal.
 
-use std::time::{Duration, Instant};
+use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
@@ -214,7 +215,7 @@ fn bad_process_file(bench: &mut Bench) -> Result<()> {
     let missing = bench.world().call(&["exec", "--process", "/no/such/file", &id])?;
     missing.code(255)?.one_line(&["/no/such/file", "no such file or directory"])?;
     let garbled = bench.container.bundle.join("garbled");
-    std::fs::write(&garbled, "{")?;
+    fs::write(&garbled, "{")?;
     let output = bench.world().call(&["exec", "--process", &garbled.to_string_lossy(), &id])?;
     output.code(255)?.one_line(&["garbled"]).map(drop)
 }
@@ -271,8 +272,7 @@ fn orphans(bench: &mut Bench) -> Result<()> {
 }
 
 fn background(bench: &mut Bench) -> Result<()> {
-    let begin = Instant::now();
-    let script = "(for i in 1 2 3 4 5 6; do echo tick; echo tock >&2; sleep 0.2; done; touch /shared/lived) & echo started";
+    let script = "(until [ -e /shared/enough ]; do echo tick; echo tock >&2; sleep 0.2; done; touch /shared/lived) & echo started";
     let output = bench.container.exec(&["sh", "-c", script])?.code(0)?;
     ensure!(
         output.text().starts_with("started") || output.text().starts_with("tick"),
@@ -280,11 +280,8 @@ fn background(bench: &mut Bench) -> Result<()> {
         brief(&output.text())
     );
     ensure!(output.text().contains("started"), "{:?}", brief(&output.text()));
-    let (took, whole) = (begin.elapsed(), Duration::from_millis(1200));
-    ensure!(
-        bench.world().is_vm() || took < whole,
-        "exec waited {took:.1?} for what it left in the background"
-    );
+    // Only now may what it has left in the background end: it was not waited for.
+    fs::write(bench.shared.join("enough"), "")?;
     let marker = bench.shared.join("lived");
     eventually("the background process's end of work", bench.world().patience(), || Ok(marker.exists()))
 }
@@ -301,7 +298,7 @@ fn in_created(world: &'static World) -> Result<()> {
 }
 
 fn descriptors(pid: i32) -> usize {
-    std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
 fn hundreds(world: &'static World) -> Result<()> {

@@ -16,7 +16,7 @@ use crate::cases::{At, Case, wish};
 use crate::config::Config;
 use crate::container::create_command;
 use crate::leaks::Census;
-use crate::process::{self, reap_orphans, wait_child};
+use crate::process::{self, eventually, reap_orphans, wait_child};
 use crate::tracer::{self, Point, Trace};
 use crate::world::{World, remove_tree};
 
@@ -54,7 +54,10 @@ const CREATE: Verb = Verb {
         let started = subject.world.call(&["start", &subject.id])?;
         // Processes that go on beside the command may come to the point when it has just ended, and end of it.
         let is_others = subject.point.as_ref().is_some_and(|point| point.role != "0");
-        if is_others && started.code == 1 && subject.status()? == "stopped" {
+        // Its end may be on its way still.
+        let is_stopped =
+            || eventually("its end", Duration::from_secs(2), || Ok(subject.status()? == "stopped")).is_ok();
+        if is_others && started.code == 1 && is_stopped() {
             return started.one_line(&[]).map(drop);
         }
         started.code(0)?.quiet()?;

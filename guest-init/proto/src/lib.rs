@@ -9,6 +9,8 @@
 //!
 //! In: bytes and typed values. Out: typed values and bytes. Must not: do any I/O, look at a clock, or trust a peer.
 
+use std::time::Duration;
+
 pub mod container;
 pub mod credit;
 pub mod frame;
@@ -22,7 +24,10 @@ pub use message::*;
 
 /// Version of this protocol. Both ends come out of one binary, so it only ever differs when an old
 /// container's guest is addressed by a newer a3s-box; the greeting tells.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
+
+/// How often the guest says that it works on a request whose outcome takes longer.
+pub const WORKING: Duration = Duration::from_secs(3);
 
 /// The vsock port on which guest-init listens; the host's socket is mapped to it.
 pub const CONTROL_PORT: u32 = 1024;

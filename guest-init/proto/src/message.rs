@@ -228,9 +228,14 @@ pub enum Reply {
     Greeting(Greeting),
     /// To the last request.
     Outcome(Outcome),
+    /// The last request is still being worked on. Said every [`crate::WORKING`] until its outcome.
+    Working,
     /// The kernel has killed a process of the container whose first process the connection owns, for want of memory:
     /// once or more since this was last said.
     OutOfMemory,
+    /// The connection's own process has failed, in these words, before it ran the workload and while nobody waited for
+    /// an outcome.
+    Stillborn(String),
     /// The connection's own process has ended, and all its output was sent before this.
     Exited(ExitStatus),
 }
@@ -372,6 +377,8 @@ mod tests {
         ] {
             round_trip(Reply::Outcome(outcome));
         }
+        round_trip(Reply::Working);
+        round_trip(Reply::Stillborn("why".into()));
         round_trip(Reply::Exited(ExitStatus::Code(42)));
         round_trip(Reply::Exited(ExitStatus::Signal(9)));
     }

@@ -20,6 +20,8 @@ pub struct Cgroup {
     path: PathBuf,
     /// Its memory.events, which poll can wait for, where the kernel counts memory.
     events: Option<File>,
+    /// Its cgroup.events, likewise.
+    population: Option<File>,
     /// Kills for want of memory that were noted.
     noted: u64,
 }
@@ -29,8 +31,9 @@ impl Cgroup {
     pub fn create(spec: &Container) -> Result<Self> {
         let path = PathBuf::from(CGROUP_ROOT).join(&spec.id);
         fs::create_dir(&path).with_context(|| format!("make the guest's cgroup {}", spec.id))?;
-        let events = File::open(path.join("memory.events")).ok();
-        let cgroup = Cgroup { path, events, noted: 0 };
+        let open = |file| File::open(path.join(file)).ok();
+        let (events, population) = (open("memory.events"), open("cgroup.events"));
+        let cgroup = Cgroup { path, events, population, noted: 0 };
         if let Err(error) = cgroup.bound(spec) {
             cgroup.remove();
             return Err(error);
@@ -103,11 +106,24 @@ impl Cgroup {
         self.events.as_ref().map(File::as_fd)
     }
 
+    /// For poll, by POLLPRI: then [`Cgroup::is_deserted`] may have news.
+    pub fn population(&self) -> Option<BorrowedFd<'_>> {
+        self.population.as_ref().map(File::as_fd)
+    }
+
+    /// Whether no process is left in it and below it; one that is not has given up its namespaces.
+    pub fn is_deserted(&self) -> bool {
+        self.population.as_ref().is_none_or(|events| !text_of(events).contains("populated 1"))
+    }
+
+    /// Kills all that is in it and below it, those just forked as well.
+    pub fn kill(&self) -> Result<(), Errno> {
+        set(self.path.join("cgroup.kill"), "1")
+    }
+
     /// Whether the kernel has killed here, or below, for want of memory since this was last asked.
     pub fn has_killed(&mut self) -> bool {
-        let mut text = [0; 512];
-        let n = self.events.as_ref().and_then(|events| events.read_at(&mut text, 0).ok()).unwrap_or(0);
-        let text = String::from_utf8_lossy(&text[..n]);
+        let text = self.events.as_ref().map(text_of).unwrap_or_default();
         let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok());
         let before = self.noted;
         self.noted = kills.unwrap_or(before);
@@ -157,6 +173,13 @@ impl Cgroup {
         }
         prune(&self.path);
     }
+}
+
+/// What a short file of the kernel's says by now.
+fn text_of(file: &File) -> String {
+    let mut text = [0; 512];
+    let n = file.read_at(&mut text, 0).unwrap_or(0);
+    String::from_utf8_lossy(&text[..n]).into_owned()
 }
 
 /// Moves the calling process into the first of these cgroups that takes it.

@@ -8,11 +8,13 @@ mod shared;
 mod user;
 
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
-use a3s_box_proto::{self as proto, Process, ProcessInfo, Seccomp};
+use a3s_box_proto::{self as proto, Mount, Process, ProcessInfo, Seccomp, Source};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -59,10 +61,12 @@ pub struct Container {
     /// Held until the container is forgotten. If its last process took the namespace along, virtiofs submounts would
     /// go while their files' releases are still under way, and the guest kernel stops at "Busy inodes after unmount".
     mounts: Option<File>,
+    /// What of the host's is mounted in it, where it lies in the exported tree.
+    exports: Vec<PathBuf>,
     /// Its user namespace, where it has one.
     user: Option<OwnedFd>,
-    /// Whether its processes live among another container's: then the end of the first one does not end the others.
-    pub is_among_others: bool,
+    /// Whether its processes live among another container's.
+    is_among_others: bool,
     /// What stands in for sockets of the host's.
     sockets: Option<Sockets>,
 }
@@ -94,6 +98,7 @@ pub fn create(spec: &proto::Container, others: &HashMap<String, Container>) -> R
         own_time: spec.time_offsets.is_some(),
         personality: spec.personality,
         mounts: File::open(format!("/proc/{}/ns/mnt", born.pid)).ok(),
+        exports: exports(spec),
         user,
         is_among_others: shared.has_pid(),
         sockets: None,
@@ -169,6 +174,23 @@ fn own_time(offsets: &str) -> Result<()> {
     setns(namespace, CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)).context("enter it")
 }
 
+fn exports(spec: &proto::Container) -> Vec<PathBuf> {
+    let path = |mount: &Mount| match &mount.source {
+        Source::Export(path) => Some(Path::new("/").join(&spec.place).join(path)),
+        _ => None,
+    };
+    spec.mounts.iter().filter_map(path).collect()
+}
+
+fn look_anew(path: &Path) {
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return };
+    // SAFETY: an all-zero `statx` is a valid value of it.
+    let mut seen: libc::statx = unsafe { std::mem::zeroed() };
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_STATX_FORCE_SYNC;
+    // SAFETY: the path ends with NUL, and both live until after the call. One that is gone has no size.
+    unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, libc::STATX_BASIC_STATS, &raw mut seen) };
+}
+
 fn set_personality(domain: Option<u32>) -> Result<()> {
     let Some(domain) = domain else { return Ok(()) };
     // SAFETY: personality takes a plain number and touches no memory of ours.
@@ -176,10 +198,18 @@ fn set_personality(domain: Option<u32>) -> Result<()> {
 }
 
 impl Container {
-    /// Opens the gate before execve.
+    /// Opens the gate before execve, once the kernel has asked the host what size files are by now: engines fill /etc/hosts
+    /// and others after `create`, which has looked at them, and what it saw would hold for seconds.
     pub fn start(&mut self) -> Result<()> {
         let gate = self.gate.take().context("the container was started before")?;
-        nix::unistd::write(&gate, b"s").context("open the gate")?;
+        let open = || nix::unistd::write(&gate, b"s").context("open the gate").map(drop);
+        if self.exports.is_empty() {
+            return open();
+        }
+        if let Side::Child = fork(0)? {
+            self.exports.iter().for_each(|path| look_anew(path));
+            leave(i32::from(open().is_err()));
+        }
         Ok(())
     }
 
@@ -256,6 +286,10 @@ impl Container {
 
     /// Sends a signal to every process of the container.
     pub fn signal_all(&self, signal: i32) -> Result<(), Errno> {
+        // An older kernel knows signals alone, which miss what is forked meanwhile.
+        if signal == libc::SIGKILL && self.cgroup.kill().is_ok() {
+            return Ok(());
+        }
         for pid in self.cgroup.pids() {
             match send(pid, signal) {
                 Err(Errno::ESRCH) | Ok(()) => {}
@@ -263,6 +297,24 @@ impl Container {
             }
         }
         Ok(())
+    }
+
+    /// Its first process has ended. Among another container's processes that does not end its others.
+    pub fn stopped(&mut self) {
+        self.state = State::Stopped;
+        if self.is_among_others {
+            let _ = self.signal_all(libc::SIGKILL);
+        }
+    }
+
+    /// Whether it can be removed: a process that took the mounts along would do so in the midst of its files' releases.
+    pub fn is_deserted(&self) -> bool {
+        self.cgroup.is_deserted()
+    }
+
+    /// For poll, by POLLPRI: then [`Container::is_deserted`] may have news.
+    pub fn population(&self) -> Option<BorrowedFd<'_>> {
+        self.cgroup.population()
     }
 
     /// The container's processes.
@@ -295,8 +347,11 @@ impl Container {
         if let Some(sockets) = self.sockets {
             sockets.end();
         }
-        // The device answers in order: once it has answered this, it has answered every release before it.
-        let _ = nix::sys::statfs::statfs("/");
+        // The device answers in order: once it has answered this, it has answered every release before it. And what was
+        // read ahead for a process that was killed puts its file's release off until it is answered: hence twice.
+        for _ in 0..2 {
+            let _ = nix::sys::statfs::statfs("/");
+        }
         drop(self.mounts);
         self.cgroup.remove();
     }
