@@ -11,7 +11,7 @@ use oci_spec::runtime::{MountBuilder, Spec};
 
 use crate::log::sentence;
 use crate::plan::Machine;
-use crate::support;
+use crate::support::{self, Module};
 
 /// Where a container finds its caller's `NOTIFY_SOCKET`, as under runc.
 const NOTIFY: &str = "/run/notify/notify.sock";
@@ -35,12 +35,12 @@ pub struct Bundle {
     pub warnings: Vec<String>,
 }
 
-/// Opens the bundle in `dir`.
-pub fn open(dir: &Path) -> Result<Bundle> {
+/// Opens the bundle in `dir`. `modules`: those that the host has.
+pub fn open(dir: &Path, modules: &[Module]) -> Result<Bundle> {
     let dir = fs::canonicalize(dir).with_context(|| format!("bundle {}", dir.display()))?;
     let path = dir.join("config.json");
     let text = fs::read(&path).map_err(|error| missing(error, &format!("open {}", path.display()), SPEC))?;
-    let (spec, machine, warnings) = parse(&text, &path)?;
+    let (spec, machine, warnings) = parse(&text, &path, modules)?;
     let root = spec.root().as_ref().context("root: config.json gives no root file system")?;
     let rootfs = dir.join(root.path());
     let shown = format!("root.path {}", rootfs.display());
@@ -82,11 +82,11 @@ fn missing(error: io::Error, what: &str, step: &str) -> anyhow::Error {
 }
 
 /// Reads the text of the config.json at `path`: what it asks for, its `vm` object, a line for each ignored field.
-pub fn parse(text: &[u8], path: &Path) -> Result<(Spec, Machine, Vec<String>)> {
+pub fn parse(text: &[u8], path: &Path, modules: &[Module]) -> Result<(Spec, Machine, Vec<String>)> {
     let mut config: serde_json::Value =
         serde_json::from_slice(text).with_context(|| format!("{} is not valid JSON", path.display()))?;
     check_version(&config["ociVersion"])?;
-    let warnings = support::check(&config)?;
+    let warnings = support::check(&config, modules)?;
     // The typed reading knows less of it than the specification.
     let machine = Machine::read(config.as_object_mut().and_then(|fields| fields.remove("vm")))?;
     let spec =

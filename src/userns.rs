@@ -27,6 +27,18 @@ pub struct Root {
     pub gid: u32,
 }
 
+/// Whether the caller is root of the whole host: no other user, and not the root of a user namespace.
+pub fn is_hosts_root() -> bool {
+    nix::unistd::geteuid().is_root() && is_first()
+}
+
+/// Whether this is the user namespace that the host began with.
+fn is_first() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    // Linux, include/linux/proc_ns.h: PROC_USER_INIT_INO
+    fs::metadata("/proc/self/ns/user").is_ok_and(|namespace| namespace.ino() == 0xEFFF_FFFD)
+}
+
 /// A user namespace and what was made in it.
 pub struct UserNamespace {
     /// The namespace itself.

@@ -361,6 +361,8 @@ fn run(channel: &OwnedFd) -> Result<Stage> {
             _ => bail!("out of turn: neither Attach nor Boot"),
         }
     }
+    let labels = vm.labels.into_iter().filter(|label| CONFINED && jail::label::is_enabled(label.module));
+    let doors = labels.map(jail::label::Door::open).collect::<Result<Vec<_>>>()?;
     let jail = jail.enter()?;
     if CONFINED {
         for user in user {
@@ -368,6 +370,7 @@ fn run(channel: &OwnedFd) -> Result<Stage> {
             userns::enter(user, !jail.has_own_nodes)?;
             die_with_parent()?;
         }
+        doors.into_iter().try_for_each(jail::label::Door::pass)?;
         jail::confine_vmm()?;
         jail::landlock::confine(&nodes, &machine.files())?;
     }

@@ -8,3 +8,4 @@ mounts/root-propagation-may-be-shared | : a guest's mounts cannot propagate to t
 namespaces/pid-given-by-path-is-joined | linux.namespaces: pid by path is not supported | the guest's processes are another kernel's
 seccomp/notify-hands-the-listener-over | the filter runs in the guest's kernel, no descriptor of it can cross to the host | so it is
 update/memory-may-grow | cannot grow | a VM's RAM is as large as it was when it began
+cri/runc/a-container-starts-again-beside-the-others | | by chance: containerd may note a short program's start after its end

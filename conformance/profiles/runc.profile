@@ -18,3 +18,7 @@ chaos/start-and-exec-killed-at-any-moment | | by chance: delete --force gives up
 create/twice-at-once-one-wins | | by chance: the loser may say "file exists"
 start/twice-at-once-one-wins | | by chance: the loser may wait for ever
 docker/network/a-vms-network-is-not-lent | it joins the network | its networks are the host's: any process may join
+podman/rootless/limits-hold-without-a-cgroup-of-the-hosts | permission is granted for cgroups | the host's cgroup alone holds its limits
+containerd/cni/a-port-is-forwarded-to-its-loopback | refused | nothing takes the connection first
+docker/remapped/users-are-others-on-the-host | 1000000 | ids inside are mapped there
+podman/mapped/users-are-others-on-the-host | 1000000 | ids inside are mapped there

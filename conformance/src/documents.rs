@@ -86,10 +86,8 @@ mod tests {
         ("scripts/demo", "it builds from the source"),
         ("scripts/package", "it builds from the source; scripts/test runs it before the wishes package/*"),
         ("systemctl reload docker", "the daemon is the wish's own, and reads its configuration as it starts"),
-        (
-            "a3s-box-engines containerd crio",
-            "there is no CRI-O; the wishes install/* look at what is written",
-        ),
+        ("a3s-box-engines containerd", "there is no CRI-O; the wishes install/* look at what is written"),
+        ("ctr image pull docker.io/library/alpine:latest", "there is no registry; the image is there"),
         ("kubectl apply -f /usr/share/a3s-box/engines/runtimeclass.yaml", "there is no Kubernetes"),
     ];
 

@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod apparmor;
 mod cases;
 mod config;
 mod container;

@@ -10,7 +10,7 @@ use a3s_box_proto::{Frame, Request, pack, unpack};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &[u8]| {
-    let Ok((spec, machine, _)) = bundle::parse(text, Path::new("config.json")) else { return };
+    let Ok((spec, machine, _)) = bundle::parse(text, Path::new("config.json"), &[]) else { return };
     let host = plan::Settings::default();
     let planned = plan::plan("id", &spec, &machine, &host, Path::new("/bundle/rootfs"), Path::new("/bundle"));
     let Ok(plan) = planned else { return };
@@ -18,7 +18,7 @@ fuzz_target!(|text: &[u8]| {
     assert!(plan.vm.memory_mib >= plan::vm::MIN_MEMORY_MIB);
     let given = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
     for manager in [CgroupManager::Cgroupfs, CgroupManager::Systemd] {
-        match place("id", given, manager) {
+        match place("id", given, manager, true) {
             Ok(Some(Place::Path(path))) => {
                 assert!(path.components().all(|part| matches!(part, Component::Normal(_))), "{path:?}")
             }

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::plan::cgroup::{OWN_PARENT, Place, Scope};
 use crate::plan::host::Limits;
+use crate::userns;
 pub use limits::Undo;
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -111,6 +112,15 @@ impl Cgroup {
             }
         }
         Ok(confined)
+    }
+
+    /// After [`Self::enter`] failed: whether the container can do without. That is so where nobody named a cgroup, the caller
+    /// is not the host's root and may make none, and these limits are those that the guest holds as well.
+    pub fn is_dispensable(&self, error: &anyhow::Error, limits: &Limits) -> bool {
+        use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+        let kind = error.root_cause().downcast_ref::<io::Error>().map(io::Error::kind);
+        let is_denied = matches!(kind, Some(PermissionDenied | ReadOnlyFilesystem));
+        self.own_parent && is_denied && !userns::is_hosts_root() && limits.are_the_guests_too()
     }
 
     /// Changes limits.

@@ -7,7 +7,6 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use nix::unistd::geteuid;
 use rustbus::connection::ll_conn::force_finish_on_error;
 use rustbus::connection::{Timeout, get_session_bus_path, get_system_bus_path};
 use rustbus::message_builder::MarshalledMessage;
@@ -17,6 +16,7 @@ use rustbus::{MessageBuilder, MessageType, RpcConn};
 
 use crate::patience;
 use crate::plan::cgroup::Scope;
+use crate::userns;
 
 const SYSTEMD: &str = "org.freedesktop.systemd1";
 const OBJECT: &str = "/org/freedesktop/systemd1";
@@ -146,7 +146,7 @@ struct Bus {
 impl Bus {
     fn connect(patience: Duration) -> Result<Self> {
         let deadline = Instant::now() + patience;
-        let path = if geteuid().is_root() { get_system_bus_path() } else { get_session_bus_path() };
+        let path = if userns::is_hosts_root() { get_system_bus_path() } else { get_session_bus_path() };
         // Its library waits for a bus to greet for as long as that takes.
         let connect = move || RpcConn::connect_to_path(path?, Timeout::Duration(patience));
         let conn = patience::within(patience, connect).unwrap_or(Err(rustbus::connection::Error::TimedOut));

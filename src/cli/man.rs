@@ -26,7 +26,8 @@ fn dir() -> PathBuf {
 fn pages() -> Vec<(String, String)> {
     let mut top = Cli::command().disable_help_subcommand(true);
     top.build();
-    let verbs = top.get_subcommands().filter(|verb| !WITHOUT_PAGE.contains(&verb.get_name()));
+    let top = WITHOUT_PAGE.iter().fold(top, |top, name| top.mut_subcommand(name, |verb| verb.hide(true)));
+    let verbs = top.get_subcommands().filter(|verb| !verb.is_hide_set());
     let mut pages: Vec<_> = std::iter::once(&top).chain(verbs).map(page).collect();
     pages.push(settings());
     pages

@@ -23,6 +23,7 @@ use crate::guest::{Connection, SOCKET};
 use crate::jail;
 use crate::log::sentence;
 use crate::plan::{Vm, vm};
+use crate::userns;
 use crate::vmm;
 use a3s_box_proto::LISTENING;
 use std::os::fd::AsFd;
@@ -133,8 +134,7 @@ fn numbers(release: &str) -> Option<(u32, u32)> {
 
 fn firmware(path: Option<&Path>) -> Finding {
     let result = vmm::firmware(path).map(|(path, version)| format!("{}: Linux {version}", path.display()));
-    let advice =
-        "install libkrunfw: package libkrunfw5 (Debian forky and newer), libkrunfw (Fedora, Arch, openSUSE)";
+    let advice = "install libkrunfw: package libkrunfw5 (Debian forky and newer), libkrunfw (Fedora, Arch, openSUSE), or build github.com/containers/libkrunfw";
     finding("guest kernel", true, result, advice)
 }
 
@@ -190,8 +190,7 @@ struct ProbeDir(PathBuf);
 
 impl ProbeDir {
     fn make() -> Result<Self> {
-        let base =
-            if nix::unistd::geteuid().is_root() { PathBuf::from("/run") } else { std::env::temp_dir() };
+        let base = if userns::is_hosts_root() { PathBuf::from("/run") } else { std::env::temp_dir() };
         let path = base.join(format!("a3s-box-check-{}", std::process::id()));
         fs::DirBuilder::new()
             .mode(0o700)

@@ -14,6 +14,8 @@ use crate::cgroup::Cgroup;
 use crate::cli;
 use crate::config;
 use crate::hooks;
+use crate::jail;
+use crate::log::sentence;
 use crate::monitor::{self, Handle, Report};
 use crate::net;
 use crate::plan::{self, Hooks, Limits, Plan, Vm, cgroup::Place};
@@ -23,6 +25,7 @@ use crate::sandbox::Absent;
 use crate::store::{Entry, ProcessId, Record, Seat};
 use crate::terminal::Pty;
 use crate::timeline::{self, Mark, Timeline};
+use crate::userns;
 
 /// The verb.
 pub fn create(context: &Context, args: &cli::Create) -> Result<i32> {
@@ -98,7 +101,7 @@ pub fn birth<'a>(
     let called = timeline::now();
     refuse_flags(args)?;
     context.store.path(&args.id)?;
-    let mut bundle = bundle::open(&args.bundle)?;
+    let mut bundle = bundle::open(&args.bundle, &jail::label::modules())?;
     if let Some(socket) = std::env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty()) {
         bundle.notify(Path::new(&socket))?;
     }
@@ -132,7 +135,7 @@ pub fn bear<'a>(
     let mut plan = plan::plan(id, &bundle.spec, &bundle.machine, &host, &bundle.rootfs, &bundle.dir)?;
     let linux = bundle.spec.linux().as_ref();
     let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
-    let place = plan::cgroup::place(id, path, context.cgroup_manager)?;
+    let place = plan::cgroup::place(id, path, context.cgroup_manager, userns::is_hosts_root())?;
     plan.vm.debug = context.log.is_debug();
     let pty = super::terminal(&mut plan.guest.process, detached, engine)?;
     crate::vmm::usable()?;
@@ -256,11 +259,20 @@ fn raise(
     born.record.monitor = ProcessId::of(handle.pid)?;
     entry.save(&born.record)?;
     if let Some((place, limits)) = place {
-        let confined = born.record.cgroup.enter(place, handle.pid, limits)?;
+        let cgroup = &mut born.record.cgroup;
+        let said = match cgroup.enter(place, handle.pid, limits) {
+            Ok(true) => "monitor in its cgroup".into(),
+            Ok(false) => "monitor in its cgroup, which keeps no device of the host's away".into(),
+            Err(error) if cgroup.is_dispensable(&error, limits) => {
+                cgroup.remove()?;
+                *cgroup = Cgroup::default();
+                format!("no cgroup on the host: {}", sentence(&error))
+            }
+            Err(error) => return Err(error),
+        };
         entry.save(&born.record)?;
         timeline.mark(Mark::Cgroup);
-        let devices = if confined { "" } else { ", which keeps no device of the host's away" };
-        context.log.debug(&format!("monitor in its cgroup{devices}"));
+        context.log.debug(&said);
     }
     handle.go_on()?;
     loop {

@@ -132,7 +132,7 @@ fn from_file(context: &Context, path: &Path) -> Result<Process> {
     let shown = || format!("{} is not a process", path.display());
     let process: serde_json::Value = serde_json::from_slice(&text).with_context(shown)?;
     // Engines repeat what they have set for the container, whose `create` has warned; stderr is the process's here.
-    support::check(&serde_json::json!({ "process": process }))?
+    support::check(&serde_json::json!({ "process": process }), &jail::label::modules())?
         .iter()
         .for_each(|line| context.log.note(line));
     serde_json::from_value(process).with_context(shown)
@@ -170,7 +170,7 @@ fn from_flags(context: &Context, args: &cli::Exec) -> Result<Process> {
         process.set_no_new_privileges(Some(true));
     }
     let labels = json!({ "apparmorProfile": args.apparmor, "selinuxLabel": args.process_label });
-    support::check(&json!({ "process": labels }))?.iter().for_each(|line| context.log.warn(line));
+    support::check(&json!({ "process": labels }), &[])?.iter().for_each(|line| context.log.warn(line));
     Ok(process)
 }
 

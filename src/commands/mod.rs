@@ -31,6 +31,7 @@ use crate::config;
 use crate::log::{self, Log, sentence};
 use crate::store::Store;
 use crate::terminal::{self, Pty};
+use crate::userns;
 use crate::vmm;
 
 /// What every verb may need.
@@ -96,12 +97,14 @@ fn dispatch(context: &Context, command: Command) -> Result<i32> {
     }
 }
 
-/// Root's directory, or a user's own. An empty XDG_RUNTIME_DIR is no XDG_RUNTIME_DIR: podman passes one as root.
+/// Root's directory, or a user's own: also where that user is root of a namespace, as with rootless engines, whose USER is
+/// still the user's. An empty XDG_RUNTIME_DIR is no XDG_RUNTIME_DIR: podman passes one as root.
 fn root(global: &Global) -> PathBuf {
     let own = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+    let is_root = || userns::is_hosts_root() || std::env::var("USER").is_ok_and(|user| user == "root");
     match (&global.root, own) {
         (Some(root), _) => root.clone(),
-        (None, Some(dir)) if !nix::unistd::geteuid().is_root() => PathBuf::from(dir).join("a3s-box"),
+        (None, Some(dir)) if !is_root() => PathBuf::from(dir).join("a3s-box"),
         (None, _) => PathBuf::from("/run/a3s-box"),
     }
 }

@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod attack;
 mod idmap;
+pub mod label;
 pub mod landlock;
 pub mod seccomp;
 mod source;

@@ -82,7 +82,8 @@ impl GuestKernel {
         }
         bail!(
             "no guest kernel ({}): install libkrunfw (package libkrunfw5 in Debian forky and newer, libkrunfw in \
-             Fedora, Arch and openSUSE), or configure the path of one (libkrunfw in /etc/a3s-box/config.toml)",
+             Fedora, Arch and openSUSE; elsewhere build github.com/containers/libkrunfw), or configure the path of one \
+             (libkrunfw in /etc/a3s-box/config.toml)",
             reasons.join("; ")
         )
     }

@@ -28,13 +28,13 @@ pub enum Place {
     Scope(Scope),
 }
 
-/// Reads `linux.cgroupsPath` as the driver does; `None` where there shall be no cgroup.
-pub fn place(id: &str, path: Option<&Path>, manager: CgroupManager) -> Result<Option<Place>> {
+/// Reads `linux.cgroupsPath` as the driver does, for the host's root or for others; `None` where there shall be no cgroup.
+pub fn place(id: &str, path: Option<&Path>, manager: CgroupManager, is_root: bool) -> Result<Option<Place>> {
     let path = path.filter(|path| !path.as_os_str().is_empty());
     Ok(match manager {
         CgroupManager::Disabled => None,
         CgroupManager::Cgroupfs => Some(Place::Path(directory(id, path)?)),
-        CgroupManager::Systemd => Some(Place::Scope(scope(id, path)?)),
+        CgroupManager::Systemd => Some(Place::Scope(scope(id, path, is_root)?)),
     })
 }
 
@@ -52,14 +52,14 @@ fn directory(id: &str, path: Option<&Path>) -> Result<PathBuf> {
 }
 
 /// `slice:prefix:name`, of which slice and prefix may be empty.
-fn scope(id: &str, path: Option<&Path>) -> Result<Scope> {
+fn scope(id: &str, path: Option<&Path>, is_root: bool) -> Result<Scope> {
     let text = path.map(|path| path.to_string_lossy().into_owned());
     let text = text.unwrap_or_else(|| format!(":{OWN_PARENT}:{id}"));
     let refuse = |why: &str| bail!("linux.cgroupsPath: {text:?} {why}");
     let [slice, prefix, name] = text.split(':').collect::<Vec<_>>()[..] else {
         return refuse("is not of the form slice:prefix:name, which the systemd cgroup driver takes");
     };
-    let slice = match (slice, nix::unistd::geteuid().is_root()) {
+    let slice = match (slice, is_root) {
         ("", true) => "system.slice",
         ("", false) => "user.slice",
         (given, _) => given,
@@ -109,12 +109,11 @@ mod tests {
             ("a.slice:p:x+1", "a.slice", "p-x\\x2b1.scope"),
         ] {
             let expected = Scope { slice: slice.into(), unit: unit.into() };
-            let found = scope("c1", Some(Path::new(text))).unwrap();
-            if nix::unistd::geteuid().is_root() || !text.starts_with(':') {
-                assert_eq!(found, expected, "{text}");
-            }
+            let found = scope("c1", Some(Path::new(text)), true).unwrap();
+            assert_eq!(found, expected, "{text}");
         }
-        assert_eq!(scope("c1", None).unwrap().unit, "a3s-box-c1.scope");
+        assert_eq!(scope("c1", None, true).unwrap().unit, "a3s-box-c1.scope");
+        assert_eq!(scope("c1", None, false).unwrap().slice, "user.slice");
     }
 
     #[test]
@@ -128,13 +127,13 @@ mod tests {
             ("a.slice:docker:", "name for a scope"),
             ("a.slice:docker:b.slice", "name for a scope"),
         ] {
-            let error = scope("c1", Some(Path::new(text))).unwrap_err().to_string();
+            let error = scope("c1", Some(Path::new(text)), true).unwrap_err().to_string();
             assert!(error.starts_with("linux.cgroupsPath: ") && error.contains(words), "{error}");
         }
     }
 
     #[test]
     fn no_driver_no_cgroup() {
-        assert_eq!(place("c1", Some(Path::new("/x")), CgroupManager::Disabled).unwrap(), None);
+        assert_eq!(place("c1", Some(Path::new("/x")), CgroupManager::Disabled, true).unwrap(), None);
     }
 }

@@ -35,6 +35,11 @@ impl Limits {
         self.0.iter().map(|(file, value)| (file.as_str(), value.as_str()))
     }
 
+    /// Whether the guest holds every one of them by itself: then the host's cgroup bounds what a VMM takes that was taken over.
+    pub fn are_the_guests_too(&self) -> bool {
+        self.iter().all(|(file, _)| ["cpu.", "memory.", "pids."].iter().any(|its| file.starts_with(its)))
+    }
+
     /// Both lists, one after the other.
     pub fn and(mut self, more: Limits) -> Self {
         self.0.extend(more.0);

@@ -379,7 +379,7 @@ mod tests {
         for entry in std::fs::read_dir(corpus).unwrap() {
             let path = entry.unwrap().path();
             let text = std::fs::read(&path).unwrap();
-            let plan = crate::bundle::parse(&text, &path).and_then(|(spec, machine, _)| {
+            let plan = crate::bundle::parse(&text, &path, &[]).and_then(|(spec, machine, _)| {
                 let host = Settings::default();
                 plan("c1", &spec, &machine, &host, Path::new("/b/rootfs"), Path::new("/b"))
             });

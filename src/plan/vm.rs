@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::{LinuxResources, Process, Spec};
 use serde::{Deserialize, Serialize};
 
 use super::machine::{Kernel, Machine};
 use super::pod;
 use super::settings::Settings;
 use crate::sandbox::Role;
+use crate::support::Module;
 
 /// vCPUs where nothing else says how many.
 pub const DEFAULT_VCPUS: u8 = 2;
@@ -39,6 +40,15 @@ pub enum Network {
     Tsi,
 }
 
+/// By what a security module confines the VMM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Label {
+    /// Which one.
+    pub module: Module,
+    /// The name it has there.
+    pub text: String,
+}
+
 /// What the virtual machine is made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
@@ -52,6 +62,8 @@ pub struct Vm {
     pub libkrunfw: Option<PathBuf>,
     /// A kernel of the container's own, or more words for that library's.
     pub kernel: Option<Kernel>,
+    /// What confines the VMM, where the host has the module.
+    pub labels: Vec<Label>,
     /// Whether the VMM logs what it does.
     pub debug: bool,
 }
@@ -64,6 +76,7 @@ impl Default for Vm {
             network: Network::None,
             libkrunfw: None,
             kernel: None,
+            labels: Vec::new(),
             debug: false,
         }
     }
@@ -85,7 +98,14 @@ pub fn plan(spec: &Spec, machine: &Machine, role: &Role, asked: &Settings, host:
         (None, None) => memory_mib(resources)?.or(host.memory_mib).unwrap_or(DEFAULT_MEMORY_MIB),
     };
     let libkrunfw = asked.libkrunfw.as_ref().or(host.libkrunfw.as_ref()).cloned();
-    Ok(Vm { vcpus, memory_mib, libkrunfw, kernel: machine.kernel().cloned(), ..Vm::default() })
+    let labels = spec.process().as_ref().map(labels).unwrap_or_default();
+    Ok(Vm { vcpus, memory_mib, libkrunfw, kernel: machine.kernel().cloned(), labels, ..Vm::default() })
+}
+
+fn labels(process: &Process) -> Vec<Label> {
+    let asked = [(Module::AppArmor, process.apparmor_profile()), (Module::SeLinux, process.selinux_label())];
+    let label = |(module, text): (Module, &Option<String>)| Some(Label { module, text: text.clone()? });
+    asked.into_iter().filter_map(label).filter(|label| !label.text.is_empty()).collect()
 }
 
 fn resources(spec: &Spec) -> Option<&LinuxResources> {

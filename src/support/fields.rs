@@ -4,7 +4,8 @@
 //! `path=value` for one value of a field: of one that has a row too, for a value that fares otherwise; of one that has
 //! none, each value that there is.
 
-use super::Support::{self, Both, Guest, Host, Ignored, Refused};
+use super::Module::{AppArmor, SeLinux};
+use super::Support::{self, Both, Guest, Host, Ignored, Label, Refused};
 
 /// One row.
 #[derive(Debug)]
@@ -32,6 +33,10 @@ const PLUGGED_BY_OTHERS: Support = Refused(
     "interfaces are not moved; what is in the container's network namespace before `start` is what the guest gets",
 );
 const NO_LSM: Support = Ignored("the guest kernel has no such security module");
+const NO_LABEL: &str =
+    "the guest kernel has no SELinux, and a VMM is confined at create, where the host has it";
+const NO_PROFILE: &str =
+    "the guest kernel has no AppArmor, and a VMM is confined at create, where the host has it";
 const NO_NUMA: Support = Ignored("the guest has one memory node");
 const NOT_IN_V2: Support = Ignored("cgroup v2 has no such control");
 const HOST_HARDWARE: Support = Ignored("it is about hardware of the host that the guest does not see");
@@ -72,8 +77,10 @@ pub const FIELDS: &[Field] = &[
     field("process.oomScoreAdj", Both),
     field("process.terminal", Both).note("`--console-socket`, or the caller's own terminal"),
     field("process.consoleSize", Both),
-    field("process.apparmorProfile", NO_LSM),
-    field("process.selinuxLabel", NO_LSM),
+    field("process.apparmorProfile", Label(AppArmor, NO_PROFILE))
+        .note("it confines the VMM, where the host has AppArmor; else ignored"),
+    field("process.selinuxLabel", Label(SeLinux, NO_LABEL))
+        .note("it confines the VMM, where the host has SELinux; else ignored"),
     field("process.scheduler", Guest),
     field("process.ioPriority", Guest),
     field("process.execCPUAffinity", Ignored("the guest has CPUs of its own")),

@@ -1,6 +1,6 @@
 //! The table for people: fields beside each other that fare alike share a line.
 
-use super::Support::{Both, Guest, Host, Ignored, Refused};
+use super::Support::{Both, Guest, Host, Ignored, Label, Refused};
 use super::fields::{FIELDS, Field};
 
 /// As a table in Markdown, as the README shows it.
@@ -38,7 +38,7 @@ impl Line {
     fn place(&self) -> &'static str {
         match self.field.support {
             Guest => "guest",
-            Host => "host",
+            Host | Label(..) => "host",
             Both => "both",
             Ignored(_) => "ignored",
             Refused(_) => "refused",
@@ -48,7 +48,7 @@ impl Line {
     fn words(&self) -> &'static str {
         match self.field.support {
             Ignored(reason) | Refused(reason) => reason,
-            Guest | Host | Both => self.field.note,
+            Guest | Host | Both | Label(..) => self.field.note,
         }
     }
 }

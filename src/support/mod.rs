@@ -10,10 +10,30 @@ mod matrix;
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use fields::FIELDS;
 pub use matrix::{markdown, text};
+
+/// A security module of the host's that can confine a VMM as config.json says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Module {
+    /// apparmor(7)
+    AppArmor,
+    /// selinux(8)
+    SeLinux,
+}
+
+impl Module {
+    /// The field of `process` that is for it.
+    pub fn field(self) -> &'static str {
+        match self {
+            Module::AppArmor => "apparmorProfile",
+            Module::SeLinux => "selinuxLabel",
+        }
+    }
+}
 
 /// What becomes of a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +44,8 @@ pub enum Support {
     Host,
     /// It acts on both sides.
     Both,
+    /// It acts on the host where that has the module, and is ignored elsewhere, with this reason.
+    Label(Module, &'static str),
     /// It changes nothing that matters here; warned about once, with this reason.
     Ignored(&'static str),
     /// It is refused with this reason.
@@ -33,11 +55,11 @@ pub enum Support {
 impl Support {
     /// Whether it acts anywhere.
     pub fn is_honoured(self) -> bool {
-        matches!(self, Support::Guest | Support::Host | Support::Both)
+        matches!(self, Support::Guest | Support::Host | Support::Both | Support::Label(..))
     }
 }
 
-use Support::{Ignored, Refused};
+use Support::{Ignored, Label, Refused};
 
 /// A field that cannot be honoured.
 #[derive(Debug, PartialEq, Eq)]
@@ -55,10 +77,11 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Checks every field of a config.json. The result holds one line for each ignored field that is set.
-pub fn check(config: &Value) -> Result<Vec<String>, Refusal> {
+/// Checks every field of a config.json. The result holds one line for each ignored field that is set. `modules`: those
+/// whose labels act.
+pub fn check(config: &Value, modules: &[Module]) -> Result<Vec<String>, Refusal> {
     let mut warnings = Vec::new();
-    walk(config, "", "", &mut warnings)?;
+    walk(config, modules, ("", ""), &mut warnings)?;
     Ok(warnings)
 }
 
@@ -73,14 +96,20 @@ pub fn is_honoured(path: &str) -> bool {
     honoured(path).contains(&"")
 }
 
-fn walk(value: &Value, shown: &str, path: &str, warnings: &mut Vec<String>) -> Result<(), Refusal> {
+fn walk(
+    value: &Value,
+    modules: &[Module],
+    (shown, path): (&str, &str),
+    warnings: &mut Vec<String>,
+) -> Result<(), Refusal> {
     if is_unset(value) {
         return Ok(());
     }
     if let Some(support) = lookup(path, value) {
         return match support {
             Refused(reason) => Err(Refusal { field: shown.into(), value: brief(value), reason }),
-            Ignored(reason) => {
+            Label(module, _) if modules.contains(&module) => Ok(()),
+            Label(_, reason) | Ignored(reason) => {
                 warnings.push(format!("{shown} {} is ignored: {reason}", brief(value)));
                 Ok(())
             }
@@ -91,12 +120,14 @@ fn walk(value: &Value, shown: &str, path: &str, warnings: &mut Vec<String>) -> R
         Value::Object(fields) => {
             let dot = if path.is_empty() { "" } else { "." };
             for (name, value) in fields {
-                walk(value, &format!("{shown}{dot}{name}"), &format!("{path}{dot}{name}"), warnings)?;
+                let place = (&*format!("{shown}{dot}{name}"), &*format!("{path}{dot}{name}"));
+                walk(value, modules, place, warnings)?;
             }
         }
         Value::Array(items) => {
             for (index, item) in items.iter().enumerate() {
-                walk(item, &format!("{shown}[{index}]"), &format!("{path}[]"), warnings)?;
+                let place = (&*format!("{shown}[{index}]"), &*format!("{path}[]"));
+                walk(item, modules, place, warnings)?;
             }
         }
         _ => {}
@@ -159,7 +190,7 @@ mod tests {
                 "linux.namespaces[1].type \"x\"",
             ),
         ] {
-            let text = check(&config).unwrap_err().to_string();
+            let text = check(&config, &[]).unwrap_err().to_string();
             assert!(text.contains(words), "{text}");
         }
     }
@@ -203,17 +234,24 @@ mod tests {
             "process": {"terminal": false, "args": ["a"]}, "x-vendor": {"a": 1},
             "linux": {"seccomp": null, "sysctl": {}, "resources": {"devices": [{"allow": false, "access": "rwm"}]}}
         });
-        assert_eq!(check(&config), Ok(vec![]));
+        assert_eq!(check(&config, &[]), Ok(vec![]));
     }
 
     #[test]
     fn ignored_fields_warn_once_each() {
-        let config = json!({"process": {"apparmorProfile": "docker-default"}, "linux": {"mountLabel": "l",
+        let config = json!({"process": {"apparmorProfile": "docker-default", "selinuxLabel": "a"}, "linux": {"mountLabel": "l",
             "resources": {"memory": {"limit": 5, "swap": 9, "swappiness": 0}}}});
-        let warnings = check(&config).unwrap();
-        assert_eq!(warnings.len(), 3);
+        let warnings = check(&config, &[]).unwrap();
+        assert_eq!(warnings.len(), 4);
         assert!(
             warnings.iter().any(|w| w.starts_with("process.apparmorProfile \"docker-default\" is ignored"))
         );
+        for module in [Module::AppArmor, Module::SeLinux] {
+            let warnings = check(&config, &[module]).unwrap();
+            assert!(
+                warnings.len() == 3 && !warnings.iter().any(|w| w.contains(module.field())),
+                "{warnings:?}"
+            );
+        }
     }
 }

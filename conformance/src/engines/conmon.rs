@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use super::engine::logged;
 use super::terminals::{leave, sit};
 use crate::cases::{At, Case, Wish, sharing};
 use crate::config::Config;
@@ -198,15 +199,19 @@ fn terminal(pod: &mut Pod) -> Result<()> {
     let told = seated.told(&seated.bundle)?;
     ensure!(told["pid"].as_i64().is_some_and(|pid| pid > 0), "conmon told {told}");
     seated.ok(&["start", &seated.id])?;
-    let logged = |words: &str| {
-        eventually(&format!("{words:?} in the log"), pod.world.patience(), || {
-            Ok(fs::read_to_string(seated.bundle.join("log"))?.contains(words))
-        })
+    let says = |words: &str| {
+        let mut log = String::new();
+        let found = eventually(&format!("{words:?} in the log"), pod.world.patience(), || {
+            // One that is half written says nothing yet.
+            log = logged(&fs::read_to_string(seated.bundle.join("log"))?).unwrap_or_default();
+            Ok(log.contains(words))
+        });
+        found.with_context(|| format!("the log says {log:?}"))
     };
-    logged(" stdout F is one\r\n")?;
-    logged(" stdout F ready\r\n")?;
+    says("is one\r\n")?;
+    says("ready\r\n")?;
     fs::write(seated.bundle.join("ctl"), "1 43 121\n")?;
-    logged(" stdout F 43 121\r\n")?;
+    says("43 121\r\n")?;
     same(&seated.exit_file()?, &"8".into())
 }
 

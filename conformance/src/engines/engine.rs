@@ -195,6 +195,20 @@ pub fn archive(world: &World) -> Result<Vec<u8>> {
     Ok(process::run(tar, b"", Duration::from_secs(60))?.code(0)?.stdout)
 }
 
+/// What was printed, by a log of CRI's form: its lines are time, stream, `P` for a part of a line or `F` for its rest, text.
+pub fn logged(log: &str) -> Result<String> {
+    let mut text = String::new();
+    for line in log.split_terminator('\n') {
+        let mut words = line.splitn(4, ' ').skip(2);
+        let tag = words.next().with_context(|| format!("a line of the log: {line:?}"))?;
+        text += words.next().unwrap_or_default();
+        if tag == "F" {
+            text.push('\n');
+        }
+    }
+    Ok(text)
+}
+
 /// Whether systemd manages this host's cgroups.
 pub fn has_systemd() -> bool {
     std::path::Path::new("/run/systemd/system").is_dir()

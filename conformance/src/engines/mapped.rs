@@ -1,12 +1,13 @@
 //! Containers whose users are others on the host: docker's userns-remap, podman's --userns.
 //!
-//! Both take the ids from /etc/subuid and /etc/subgid, which have a line for this, and so has /etc/passwd where it lacks
-//! their user; all are put back as they were.
+//! Both take the ids from /etc/subuid and /etc/subgid, which have a line for this, and so have /etc/passwd and /etc/group
+//! where they lack their user; all are put back as they were.
 
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
@@ -30,9 +31,9 @@ const PODMAN: &[Wish<Mapped>] = &[
 ];
 
 /// The first id on the host, and how many there are: more than any other line of Debian's files has.
-const FIRST: u32 = 1_000_000;
+pub const FIRST: u32 = 1_000_000;
 const COUNT: u32 = 1_000_000;
-const FILES: [&str; 3] = ["/etc/subuid", "/etc/subgid", "/etc/passwd"];
+const FILES: [&str; 4] = ["/etc/subuid", "/etc/subgid", "/etc/passwd", "/etc/group"];
 
 pub fn cases() -> Vec<Case> {
     let docker = |world| {
@@ -58,7 +59,7 @@ impl Mapped {
         set_up: impl FnOnce(&'static World) -> Result<Engine>,
         flags: &'static [&'static str],
     ) -> Result<Self> {
-        let ids = SubordinateIds::give(user)?;
+        let ids = SubordinateIds::give(user, 59_999, Path::new("/"))?;
         Ok(Mapped { engine: set_up(world)?, flags, _ids: ids })
     }
 
@@ -68,15 +69,18 @@ impl Mapped {
 }
 
 /// Lines in these files. Dropped, the files are as they were.
-struct SubordinateIds([String; 3]);
+pub struct SubordinateIds([String; 4]);
 
 impl SubordinateIds {
-    fn give(user: &str) -> Result<Self> {
+    /// Gives a user ids, and makes it, with a home, where it is unknown.
+    pub fn give(user: &str, uid: u32, home: &Path) -> Result<Self> {
         let before = FILES.map(|file| fs::read_to_string(file).unwrap_or_default());
         let ids = format!("{user}:{FIRST}:{COUNT}\n");
         let known = before[2].lines().any(|line| line.starts_with(&format!("{user}:")));
-        let account = if known { String::new() } else { format!("{user}:x:59999:65534::/:/bin/false\n") };
-        for ((file, text), line) in FILES.iter().zip(&before).zip([&ids, &ids, &account]) {
+        let new = |line: String| if known { String::new() } else { line };
+        let account = new(format!("{user}:x:{uid}:{uid}::{}:/bin/false\n", home.display()));
+        let group = new(format!("{user}:x:{uid}:\n"));
+        for ((file, text), line) in FILES.iter().zip(&before).zip([&ids, &ids, &account, &group]) {
             fs::write(file, format!("{text}{line}"))?;
         }
         Ok(SubordinateIds(before))
@@ -112,16 +116,22 @@ fn identity(mapped: &mut Mapped) -> Result<()> {
 fn life(mapped: &mut Mapped) -> Result<()> {
     let engine = &mapped.engine;
     let name = mapped.up(&[], "trap 'exit 9' TERM; echo started; while :; do sleep 0.1; done")?;
-    let file = engine.world.make_dir("copies")?.join("file");
-    fs::write(&file, "to and fro")?;
-    engine.ok(&["cp", &file.display().to_string(), &format!("{name}:/root/file")])?;
-    same(&engine.sh(&name, "cat /root/file; stat -c ' %u' /root")?, &"to and fro 0".into())?;
+    let copies = engine.world.make_dir("copies")?;
     engine.ok(&["pause", &name])?;
     engine.ok(&["unpause", &name])?;
-    same(&engine.ok(&["logs", &name])?, &"started".into())?;
-    engine.ok(&["stop", "--time", "60", &name])?;
-    same(&engine.inspect(&name, ".State.ExitCode")?, &"9".into())?;
-    engine.remove(&name)
+    copied_and_stopped(engine, &name, &copies)
+}
+
+/// A container that says `started` and ends with 9 at TERM, to its end; `dir` is the user's.
+pub fn copied_and_stopped(engine: &Engine, name: &str, dir: &Path) -> Result<()> {
+    let file = dir.join("file");
+    fs::write(&file, "to and fro")?;
+    engine.ok(&["cp", &file.display().to_string(), &format!("{name}:/root/file")])?;
+    same(&engine.sh(name, "cat /root/file; stat -c ' %u' /root")?, &"to and fro 0".into())?;
+    same(&engine.ok(&["logs", name])?, &"started".into())?;
+    engine.ok(&["stop", "--time", "60", name])?;
+    same(&engine.inspect(name, ".State.ExitCode")?, &"9".into())?;
+    engine.remove(name)
 }
 
 /// The engine's own network, whose gateway is the host.

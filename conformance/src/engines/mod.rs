@@ -16,6 +16,7 @@ mod mapped;
 mod networks;
 mod package;
 mod podman;
+mod rootless;
 mod terminals;
 mod users;
 
@@ -29,6 +30,7 @@ pub fn all() -> Vec<Case> {
     let more = [
         networks::cases(),
         mapped::cases(),
+        rootless::cases(),
         cni::cases(),
         package::cases(),
         conmon_pods::cases(),

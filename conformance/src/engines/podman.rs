@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -31,30 +32,44 @@ pub fn cases() -> Vec<Case> {
 pub fn set_up(world: &'static World) -> Result<Engine> {
     let dir = world.make_dir("podman")?;
     let manager = if has_systemd() { "systemd" } else { "cgroupfs" };
-    let settings = format!(
-        "[containers]\nlog_driver = \"k8s-file\"\n[engine]\ncgroup_manager = \"{manager}\"\nevents_logger = \"file\"\n\
-         runtime_supports_json = [\"crun\", \"runc\", \"box\"]\n[engine.runtimes]\nbox = [{:?}]\n",
-        world.runtime
-    );
-    fs::write(dir.join("containers.conf"), settings)?;
     let at = |name: &str| dir.join(name).display().to_string();
     let program = [
         "podman".into(),
         format!("--root={}", at("root")),
         format!("--runroot={}", at("run")),
         format!("--tmpdir={}", at("tmp")),
-        "--runtime=box".into(),
     ];
+    engine(world, dir, manager, program.to_vec(), Vec::new(), "umount /run/netns 2>/dev/null")
+}
+
+/// A podman with its image. Its containers.conf lies in `dir`; `program` and `env` say whose it is.
+pub fn engine(
+    world: &'static World,
+    dir: PathBuf,
+    cgroup_manager: &str,
+    mut program: Vec<String>,
+    mut env: Vec<(String, String)>,
+    tidy: &'static str,
+) -> Result<Engine> {
+    let settings = format!(
+        "[containers]\nlog_driver = \"k8s-file\"\n[engine]\ncgroup_manager = \"{cgroup_manager}\"\nevents_logger = \"file\"\n\
+         runtime_supports_json = [\"crun\", \"runc\", \"box\"]\n[engine.runtimes]\nbox = [{:?}]\n",
+        world.runtime
+    );
+    let file = dir.join("containers.conf");
+    fs::write(&file, settings)?;
+    program.push("--runtime=box".into());
+    env.push(("CONTAINERS_CONF".into(), file.display().to_string()));
     let engine = Engine {
         world,
-        program: program.to_vec(),
-        env: vec![("CONTAINERS_CONF".into(), at("containers.conf"))],
+        dir,
+        program,
+        env,
         runtime: "box".into(),
         daemon: None,
         pids: &["hpid", "comm"],
         clear: &["rm", "--all", "--force", "--time", "0"],
-        tidy: "umount /run/netns 2>/dev/null",
-        dir,
+        tidy,
     };
     engine.import()?;
     Ok(engine)

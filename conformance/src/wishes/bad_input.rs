@@ -95,11 +95,9 @@ pub fn cases() -> Vec<Case> {
             Ok(())
         }),
         wish(At::Local, "bad-input/an-ignored-field-is-warned-about-once", |world| {
-            let config = Config::sh("echo ran").set("/process/apparmorProfile", json!("docker-default"));
-            let output = world
-                .run(&world.bundle(&config)?, b"")?
-                .code(0)?
-                .one_line(&["apparmorProfile", "ignored"])?;
+            let config = Config::sh("echo ran").set("/process/selinuxLabel", json!("label"));
+            let output =
+                world.run(&world.bundle(&config)?, b"")?.code(0)?.one_line(&["selinuxLabel", "ignored"])?;
             same(&output.text(), &"ran\n".into())
         }),
     ]

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::apparmor::{self, Profile};
 use crate::cases::{At, Case, group};
 use crate::config::{Config, engines};
 use crate::world::World;
@@ -37,6 +38,9 @@ fn probe(world: &'static World, (_, _, config, filter, bars_users): &Engine) -> 
             wanted = wanted.without(&format!("/linux/resources/{field}"));
         }
     }
+    let confines = world.is_vm() && apparmor::is_enabled();
+    let profile = wanted.value()["process"]["apparmorProfile"].as_str().filter(|_| confines);
+    let _profile = profile.map(|name| Profile::load(world, name)).transpose()?;
     let mut facts = Facts::default();
     facts.of(wanted.value());
     let user = "unshare -U true 2>/dev/null && echo made || echo barred";

@@ -177,7 +177,7 @@ fn no_pids(world: &'static World) -> Result<()> {
 
 /// Each of them once, with its reason, whatever its value.
 fn ignored(world: &'static World) -> Result<()> {
-    const FIELDS: [(&str, &str); 12] = [
+    const FIELDS: [(&str, &str); 11] = [
         ("linux.resources.memory.swappiness", "10"),
         ("linux.resources.memory.kernel", "1000000"),
         ("linux.resources.cpu.realtimeRuntime", "1000"),
@@ -188,7 +188,6 @@ fn ignored(world: &'static World) -> Result<()> {
         ("linux.memoryPolicy", r#"{"mode": "MPOL_BIND", "nodes": "0"}"#),
         ("linux.mountLabel", r#""label""#),
         ("process.selinuxLabel", r#""label""#),
-        ("process.apparmorProfile", r#""profile""#),
         ("process.execCPUAffinity", r#"{"initial": "0"}"#),
     ];
     let config = FIELDS.iter().try_fold(Config::sh("echo ran"), |config, (field, value)| {

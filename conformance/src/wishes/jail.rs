@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use super::run::same;
+use crate::apparmor::{self, Profile};
 use crate::cases::{At, Case, Wish, sharing, wish};
 use crate::config::Config;
 use crate::container::Container;
@@ -34,11 +36,51 @@ const WISHES: &[Wish<Container>] = &[
 pub fn cases() -> Vec<Case> {
     vec![
         sharing(At::Vm, |world| Container::running(world, &Config::idle()), WISHES),
+        wish(At::Vm, "jail/the-vmm-is-under-the-containers-apparmor-profile", profiled),
+        wish(At::Vm, "jail/the-vmm-is-under-the-containers-selinux-label", labelled),
         wish(At::Both, "jail/what-connects-to-sockets-is-confined", porter),
         wish(At::Both, "jail/state-is-the-owners-alone", state),
         wish(At::Both, "jail/two-containers-share-nothing", nothing_shared),
         wish(At::Both, "jail/a-node-of-the-hosts-opens-nothing", devices),
     ]
+}
+
+fn profiled(world: &'static World) -> Result<()> {
+    if !apparmor::is_enabled() {
+        return Err(NotHere("this host has no AppArmor").into());
+    }
+    let name = world.name("profile");
+    let config = Config::idle().set("/process/apparmorProfile", json!(name));
+    // Not loaded yet.
+    cannot_be_made(world, &config, &["process.apparmorProfile", &name])?;
+    let _profile = Profile::load(world, &name)?;
+    let mut container = Container::running(world, &config)?;
+    let label = fs::read_to_string(format!("/proc/{}/attr/apparmor/current", children(&container)?.vmm))?;
+    same(&label.trim_end_matches(['\0', '\n']), &format!("{name} (enforce)").as_str())?;
+    container.says("echo inside > /tmp/file && cat /tmp/file", "inside")?;
+    container.delete(&["--force"])
+}
+
+/// Where the policy is that of scripts/testvm.d/selinux.cil.
+fn labelled(world: &'static World) -> Result<()> {
+    let label_of = |pid: i32| fs::read_to_string(format!("/proc/{pid}/attr/current"));
+    if !label_of(std::process::id() as i32).is_ok_and(|label| label.starts_with("u:r:base_t")) {
+        return Err(NotHere("this host has no SELinux with the policy for tests").into());
+    }
+    let config = |label| Config::idle().set("/process/selinuxLabel", json!(label));
+    cannot_be_made(world, &config("u:r:none_t"), &["process.selinuxLabel", "u:r:none_t"])?;
+    cannot_be_made(world, &config("u:r:stuck_t"), &["/dev/kvm"])?;
+    let mut container = Container::running(world, &config("u:r:vm_t"))?;
+    same(&label_of(children(&container)?.vmm)?.trim_end_matches(['\0', '\n', ' ']), &"u:r:vm_t")?;
+    container.says("echo inside > /tmp/file && cat /tmp/file", "inside")?;
+    container.delete(&["--force"])
+}
+
+/// `create` fails with these words, and leaves no container.
+fn cannot_be_made(world: &World, config: &Config, words: &[&str]) -> Result<()> {
+    let (bundle, id) = (world.bundle(config)?, world.name("c"));
+    world.refused(&["create", "-b", &bundle.to_string_lossy(), &id], words)?;
+    world.refused(&["state", &id], &["does not exist"]).map(drop)
 }
 
 struct Status(String);

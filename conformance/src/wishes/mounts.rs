@@ -174,6 +174,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         sharing(At::Both, Tree::set_up, TREE),
         wish(At::Both, "mounts/a-read-only-root-cannot-be-changed", readonly_root),
+        wish(At::Both, "mounts/files-filled-between-create-and-start-are-seen-whole", filled),
     ]
 }
 
@@ -393,4 +394,20 @@ fn readonly_root(world: &'static World) -> Result<()> {
     same(&output.stderr.matches("Read-only file system").count(), &4)?;
     ensure!(!bundle.join("rootfs/new").exists(), "it was written to");
     Ok(())
+}
+
+/// As engines do with /etc/hosts.
+fn filled(world: &'static World) -> Result<()> {
+    let dir = world.make_dir("filled")?;
+    let file = dir.join("hosts");
+    fs::write(&file, "")?;
+    let config =
+        Config::sh("cat /etc/hosts /dir/late").bind(&file, "/etc/hosts", &[]).bind(&dir, "/dir", &[]);
+    let mut container = Container::create(world, &config)?;
+    fs::write(&file, "10.0.0.1 late\n")?;
+    fs::write(dir.join("late"), "too\n")?;
+    container.start()?;
+    same(&container.wait()?, &0)?;
+    same(&container.output(), &"10.0.0.1 late\ntoo\n".into())?;
+    container.delete(&[])
 }

@@ -187,15 +187,15 @@ fn hung(world: &'static World) -> Result<()> {
 
 /// The standard error of `create` is the container's, and its log may be what users read.
 fn warned(world: &'static World) -> Result<()> {
-    let profile = world.name("profile");
-    let config = Config::idle().set("/process/apparmorProfile", json!(profile));
+    let label = world.name("label");
+    let config = Config::idle().set("/process/selinuxLabel", json!(label));
     let container = Container::create(world, &config)?;
     same(&container.errors(), &String::new())?;
     eventually("the warning in the journal", world.patience(), || {
         let mut journal = Command::new("journalctl");
         journal.args(["--quiet", "--output", "cat", "--identifier", "a3s-box"]);
         let said = process::run(journal, b"", Duration::from_secs(60))?.text();
-        Ok(said.lines().any(|line| line.contains(&profile) && line.contains("is ignored")))
+        Ok(said.lines().any(|line| line.contains(&label) && line.contains("is ignored")))
     })
 }
 

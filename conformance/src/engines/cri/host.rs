@@ -62,7 +62,8 @@ impl Cri {
         fs::write(dir.join("config.toml"), settings(world, &at))?;
         let tidy = "ip link delete cni-cri 2>/dev/null";
         let engine = containerd::serve(world, dir.clone(), &["--namespace", "k8s.io"], tidy)?;
-        let pause = ["sh", "-c", "trap 'exit 0' TERM INT; sleep 1000000 & wait"];
+        // Absolute: CRI gives a sandbox no PATH of its own.
+        let pause = ["/bin/sh", "-c", "trap 'exit 0' TERM INT; sleep 1000000 & wait"];
         containerd::import(&engine, IMAGE, &["sh"])?;
         containerd::import(&engine, PAUSE, &pause)?;
         let client = Arc::new(Client::new(dir.join("sock"), PATIENCE)?);

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::super::engine::IMAGE;
+use super::super::engine::{IMAGE, logged};
 use super::host::{Cri, GATEWAY, pod_cgroup};
 use super::rpc::Client;
 use super::stream::Stream;
@@ -212,7 +212,11 @@ impl Member {
 
     /// Runs a program in it: what ExecSync returns.
     pub fn exec(&self, cmd: &[&str]) -> Result<Value> {
-        self.ask("ExecSync", json!({ "cmd": cmd, "timeout": PROBE.as_secs() }))
+        let reply = self.ask("ExecSync", json!({ "cmd": cmd, "timeout": PROBE.as_secs() }));
+        reply.with_context(|| {
+            let (status, log) = (self.status().unwrap_or_default(), self.raw_log().unwrap_or_default());
+            format!("the container is {status}, its log {log:?}")
+        })
     }
 
     /// What a shell script prints, where it ends well and says nothing on standard error.
@@ -274,16 +278,7 @@ impl Member {
 
     /// What it has printed, without when and where.
     pub fn log(&self) -> Result<String> {
-        let mut text = String::new();
-        for line in self.raw_log()?.lines() {
-            let mut words = line.splitn(4, ' ').skip(2);
-            let tag = words.next().with_context(|| format!("a line of the log: {line:?}"))?;
-            text += words.next().unwrap_or_default();
-            if tag == "F" {
-                text.push('\n');
-            }
-        }
-        Ok(text)
+        logged(&self.raw_log()?)
     }
 
     /// Where its log is.
