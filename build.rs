@@ -12,8 +12,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let target = env::var("TARGET")?;
     let local = env::var_os("CARGO_FEATURE_LOCAL_GUEST").is_some();
-    // A target directory of its own: this build runs inside one that holds the lock of the outer.
-    let target_dir = out.join("guest");
+    // A target directory of its own: this build runs inside one that holds the lock of the outer. OUT_DIR is
+    // TARGET-DIR/PROFILE/build/PACKAGE/out: beside the profiles lies what they all embed.
+    let target_dir = out.ancestors().nth(4).ok_or("OUT_DIR is no directory of cargo's")?.join("guest");
     let mut cargo = Command::new(env::var("CARGO")?);
     cargo
         .args([

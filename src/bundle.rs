@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use oci_spec::runtime::{MountBuilder, Spec};
 
 use crate::log::sentence;
-use crate::plan::Machine;
+use crate::plan::{Machine, settings};
 use crate::support::{self, Module};
 
 /// Where a container finds its caller's `NOTIFY_SOCKET`, as under runc.
@@ -86,11 +86,12 @@ pub fn parse(text: &[u8], path: &Path, modules: &[Module]) -> Result<(Spec, Mach
     let mut config: serde_json::Value =
         serde_json::from_slice(text).with_context(|| format!("{} is not valid JSON", path.display()))?;
     check_version(&config["ociVersion"])?;
-    let warnings = support::check(&config, modules)?;
+    let mut warnings = support::check(&config, modules)?;
     // The typed reading knows less of it than the specification.
     let machine = Machine::read(config.as_object_mut().and_then(|fields| fields.remove("vm")))?;
-    let spec =
+    let spec: Spec =
         serde_path(config).with_context(|| format!("{} is not a runtime configuration", path.display()))?;
+    warnings.extend(spec.annotations().as_ref().map(settings::unknown).unwrap_or_default());
     Ok((spec, machine, warnings))
 }
 

@@ -91,6 +91,11 @@ impl Sandbox {
         }
     }
 
+    /// Whether an engine asked for it, and not a container that needed one.
+    pub fn is_engines(&self) -> bool {
+        !self.record.made
+    }
+
     /// Completes a member's plan with what it shares, and gives it a seat. Out: the network namespace to join as well.
     pub fn admit(&mut self, store: &Store, bundle: &Bundle, plan: &mut Plan) -> Result<(Home, Option<File>)> {
         let id = &self.record.id;

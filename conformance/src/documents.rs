@@ -84,6 +84,7 @@ mod tests {
     /// README's commands that no wish runs as they stand, and why.
     const NOT_RUN: &[(&str, &str)] = &[
         ("scripts/demo", "it builds from the source"),
+        ("scripts/test", "it runs the wishes"),
         ("scripts/package", "it builds from the source; scripts/test runs it before the wishes package/*"),
         ("systemctl reload docker", "the daemon is the wish's own, and reads its configuration as it starts"),
         ("a3s-box-engines containerd", "there is no CRI-O; the wishes install/* look at what is written"),

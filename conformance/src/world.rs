@@ -92,7 +92,7 @@ impl World {
     pub fn patience(&self) -> Duration {
         Duration::from_secs(match (self.is_vm(), self.full) {
             (false, _) => 20,
-            (true, false) => 90,
+            (true, false) => 180,
             (true, true) => 400,
         })
     }

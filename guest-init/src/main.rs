@@ -7,7 +7,7 @@
 //! - [`stdio`]: the guest's ends of one process's streams.
 //! - [`terminal`]: a pty instead of them.
 //! - [`container`]: one container: its processes, state and cgroup.
-//! - [`devices`]: special files of a container.
+//! - [`devices`]: special files of a container; [`sysctl`]: kernel parameters.
 //! - [`net`]: NICs of the VM that become a container's interfaces.
 //! - [`resolver`]: names at 127.0.0.11, from the host's network namespace.
 //! - [`rootfs`]: mounts of a container, in its own mount namespace; [`shared_memory`]: those it shares.
@@ -33,6 +33,7 @@ mod serve;
 mod shared_memory;
 mod sockets;
 mod stdio;
+mod sysctl;
 mod terminal;
 
 fn main() {

@@ -108,7 +108,7 @@ pub fn dial(pid: Pid, address: SocketAddr) -> Result<Born> {
 }
 
 /// Runs `act` in the network namespace of `pid`.
-fn inside<T>(pid: Pid, act: impl FnOnce() -> Result<T>) -> Result<T> {
+pub fn inside<T>(pid: Pid, act: impl FnOnce() -> Result<T>) -> Result<T> {
     let own = File::open("/proc/self/ns/net").context("own network namespace")?;
     let other = File::open(format!("/proc/{pid}/ns/net")).context("the container's network namespace")?;
     setns(&other, CloneFlags::CLONE_NEWNET).context("enter the container's network namespace")?;

@@ -175,10 +175,16 @@ fn like_hidden(kind: &str, options: &[String], place: &Place, copy: bool) -> Res
     Ok(options)
 }
 
+/// Whether the kernel has file systems of this type.
+fn is_known(kind: &str) -> bool {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    known.lines().any(|line| line.split_whitespace().last() == Some(kind))
+}
+
 fn guest_file_system(kind: &str, name: &str, options: &[String]) -> Result<OwnedFd> {
     match file_system(kind, name, options, 0) {
-        // Guest kernels before libkrunfw 5 lack POSIX message queues, which every engine's default mounts ask for.
-        Err(_) if kind == "mqueue" => file_system("tmpfs", name, &[], 0),
+        // Some guest kernels lack POSIX message queues, which every engine's default mounts ask for.
+        Err(_) if kind == "mqueue" && !is_known(kind) => file_system("tmpfs", name, options, 0),
         result => result,
     }
 }

@@ -46,7 +46,7 @@ pub fn check(context: &super::Context, args: &cli::Check) -> Result<i32> {
     let libkrunfw = config.settings().libkrunfw;
     let mut findings = vec![kernel(), kvm(), firmware(libkrunfw.as_deref())];
     let hopeful = findings.iter().all(|finding| finding.ok);
-    findings.push(boots(hopeful, Duration::from_secs(args.timeout), libkrunfw));
+    findings.extend(boots(hopeful, Duration::from_secs(args.timeout), libkrunfw));
     findings.extend([tap(), cgroups(), devices(), landlock(), selinux(), user_namespaces(), memory()]);
     let able = findings.iter().all(|finding| finding.ok || !finding.needed);
     let text = match args.format {
@@ -138,17 +138,26 @@ fn firmware(path: Option<&Path>) -> Finding {
     finding("guest kernel", true, result, advice)
 }
 
-fn boots(hopeful: bool, wait: Duration, libkrunfw: Option<PathBuf>) -> Finding {
+fn boots(hopeful: bool, wait: Duration, libkrunfw: Option<PathBuf>) -> [Finding; 2] {
+    let rows = |(vm, vm_advice): (Result<String>, &str), (vsock, vsock_advice): (Result<String>, &str)| {
+        [finding("probe VM", true, vm, vm_advice), finding("vsock", true, vsock, vsock_advice)]
+    };
+    let untried = || Err(anyhow!("not tried: see above"));
     if !hopeful {
         let advice = "it boots the guest kernel once what stands above is in order";
-        return finding("probe VM", true, Err(anyhow!("not tried: see above")), advice);
+        return rows((untried(), advice), (untried(), advice));
     }
     let advice = "the guest kernel does not come up on this host's KVM: it may be nested without hardware support, or emulated; try bare metal, or a host with nested virtualization";
-    finding("probe VM", true, probe(wait, libkrunfw), advice)
+    match probe(wait, libkrunfw) {
+        Err(error) => rows((Err(error), advice), (untried(), "it is tried with the probe VM")),
+        Ok((vm, vsock)) => {
+            rows((Ok(vm), ""), (vsock, "a guest kernel without virtio vsock: take libkrunfw's own"))
+        }
+    }
 }
 
-/// Boots the guest kernel to guest-init's greeting over vsock, and ends it.
-fn probe(wait: Duration, libkrunfw: Option<PathBuf>) -> Result<String> {
+/// Boots the guest kernel to guest-init and greets that over vsock, and ends it.
+fn probe(wait: Duration, libkrunfw: Option<PathBuf>) -> Result<(String, Result<String>)> {
     let dir = ProbeDir::make()?;
     let begin = Instant::now();
     let mut console = Console::create(&dir.0, None)?;
@@ -158,14 +167,16 @@ fn probe(wait: Duration, libkrunfw: Option<PathBuf>) -> Result<String> {
     vmm::kill(vmm.pidfd());
     vmm.reap();
     console.drain();
-    let kernel = greeted.map_err(|error| match console.last_words() {
+    let greeted = greeted.map_err(|error| match console.last_words() {
         words if words.is_empty() => error,
         words => error.context(format!("its console said: {words}")),
     })?;
-    Ok(format!("Linux {kernel} greeted over vsock after {} ms", begin.elapsed().as_millis()))
+    let vsock = greeted.map(|kernel| format!("Linux {kernel} greeted over it"));
+    Ok((format!("up to guest-init and back in {} ms", begin.elapsed().as_millis()), vsock))
 }
 
-fn greet(console: &mut Console, vmm: &vmm::Vmm, dir: &Path, deadline: Instant) -> Result<String> {
+/// Waits for guest-init to listen. Out: what it says.
+fn greet(console: &mut Console, vmm: &vmm::Vmm, dir: &Path, deadline: Instant) -> Result<Result<String>> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -180,8 +191,9 @@ fn greet(console: &mut Console, vmm: &vmm::Vmm, dir: &Path, deadline: Instant) -
         }
         console.drain();
         if console.heard(LISTENING) {
-            let stream = UnixStream::connect(dir.join(SOCKET)).context("connect to the probe VM")?;
-            return Ok(crate::guest::clean(&Connection::greet(stream, left)?.greeting.kernel));
+            let stream = UnixStream::connect(dir.join(SOCKET)).context("connect to the probe VM");
+            let greeted = stream.and_then(|stream| Connection::greet(stream, left));
+            return Ok(greeted.map(|connection| crate::guest::clean(&connection.greeting.kernel)));
         }
     }
 }

@@ -190,6 +190,10 @@ fn join(
 ) -> Result<(Option<Home>, Option<File>)> {
     let store = &born.context.store;
     let mut sandbox = sandbox::find(born.context, &id, absent, (bundle, &plan.vm), signals)?;
+    if sandbox.is_engines() {
+        let ignored = plan::pod::without_effect(&plan.vm, &plan.limits);
+        ignored.iter().for_each(|line| born.context.log.aside(line));
+    }
     let (home, namespace) = sandbox.admit(store, bundle, plan)?;
     let record = &mut born.record;
     (record.seat, record.vm) = (Some(home.seat.clone()), Some(home.vm));

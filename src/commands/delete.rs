@@ -64,10 +64,11 @@ pub fn remove(context: &Context, entry: Entry, record: &Record) -> Result<()> {
     record.cgroup.kill();
     record.cgroup.remove()?;
     let left = pod::leave(entry.dir(), record);
-    let cleaned = record.network.as_ref().map_or(Ok(()), net::clean);
+    // What it could not clean is still known then, for another attempt.
+    record.network.as_ref().map_or(Ok(()), net::clean)?;
     entry.remove()?;
     hooks::poststop(record, &context.log);
-    left.and(cleaned).and(retire(context, record))
+    left.and(retire(context, record))
 }
 
 /// Removes the sandbox that a container lived in, where no engine knows of it and nobody lives there any more.

@@ -4,10 +4,9 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::cli::{self, MatrixFormat};
-use crate::jail::label;
 use crate::plan::settings;
 use crate::seccomp;
-use crate::support::{self, Module, honoured, is_honoured};
+use crate::support::{self, honoured, is_honoured};
 
 /// Newest runtime-spec version that is understood.
 pub const SPEC_VERSION: &str = "1.3.0";
@@ -44,8 +43,8 @@ fn document() -> Result<String> {
                 "knownFlags": known_flags,
                 "supportedFlags": seccomp::FLAGS
             },
-            "apparmor": { "enabled": label::is_enabled(Module::AppArmor) },
-            "selinux": { "enabled": label::is_enabled(Module::SeLinux) },
+            "apparmor": { "enabled": is_honoured("process.apparmorProfile") },
+            "selinux": { "enabled": is_honoured("process.selinuxLabel") },
             "intelRdt": { "enabled": is_honoured("linux.intelRdt") },
             "memoryPolicy": { "modes": [], "flags": [] },
             "mountExtensions": { "idmap": { "enabled": is_honoured("mounts[].uidMappings") } },

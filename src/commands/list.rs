@@ -10,6 +10,10 @@ use crate::store::{Record, VM_DIR};
 
 /// The verb.
 pub fn list(context: &Context, args: &cli::List) -> Result<i32> {
+    if let Some(root) = &context.root {
+        // One that is not there yet has no containers only where nobody names it.
+        std::fs::metadata(root).with_context(|| format!("open {}", root.display()))?;
+    }
     let records = context.store.list()?;
     let text = match (args.quiet, args.format) {
         (true, _) => records.iter().map(|record| format!("{}\n", record.id)).collect(),

@@ -41,6 +41,8 @@ pub struct Context {
     cgroup_manager: CgroupManager,
     /// The configuration file, where the caller names one.
     config: Option<PathBuf>,
+    /// The directory of the state, where the caller names one.
+    root: Option<PathBuf>,
 }
 
 /// Runs one command and returns its exit status: 0, 1, for `exec` 255, for foreground processes their own.
@@ -57,8 +59,8 @@ pub fn run(cli: Cli) -> u8 {
         return u8::from(write_out(&version(cli.global.config.as_deref())).is_err());
     }
     let store = Store::new(root(&cli.global));
-    let (cgroup_manager, config) = (cgroup_manager(&cli.global), cli.global.config);
-    let context = Context { store, log, cgroup_manager, config };
+    let (cgroup_manager, config, root) = (cgroup_manager(&cli.global), cli.global.config, cli.global.root);
+    let context = Context { store, log, cgroup_manager, config, root };
     let Some(command) = cli.command else {
         context.log.error("there is no verb (see --help)");
         return failure;

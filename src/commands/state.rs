@@ -4,11 +4,8 @@ use anyhow::{Context as _, Result};
 use serde_json::{Map, Value, json};
 
 use super::Context;
+use crate::plan::settings::SANDBOX;
 use crate::store::Record;
-
-/// The annotation that says in whose VM a container lives. A key of its own would be news to engines that read `state`
-/// into what they know.
-const SANDBOX: &str = "a3s.box/sandbox";
 
 /// The verb.
 pub fn state(context: &Context, id: &str) -> Result<i32> {

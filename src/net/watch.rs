@@ -85,10 +85,14 @@ impl Standing {
     /// Makes the guest's network what the namespace's is now.
     fn catch_up(&mut self, id: &str, netlink: &mut Netlink) -> Result<()> {
         let links = snapshot::links(netlink)?;
+        let mut left = Ok(());
         for (slot, index) in self.taken.clone() {
             if !links.interfaces.iter().any(|interface| interface.index == index) {
-                self.release(netlink, &links, slot);
-                tell(&Request::Unplug { container: id.into(), slot, index })?;
+                // One that the guest still has is no NIC to spare.
+                match tell(&Request::Unplug { container: id.into(), slot, index }) {
+                    Ok(()) => self.release(netlink, &links, slot),
+                    Err(error) => left = Err(error),
+                }
             }
         }
         let mut nics = Vec::new();
@@ -114,7 +118,7 @@ impl Standing {
                 }
             }
         }
-        told
+        told.and(left)
     }
 
     fn tell_all(&mut self, id: &str, netlink: &mut Netlink, links: &Links, nics: Vec<Nic>) -> Result<()> {

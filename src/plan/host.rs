@@ -37,7 +37,7 @@ impl Limits {
 
     /// Whether the guest holds every one of them by itself: then the host's cgroup bounds what a VMM takes that was taken over.
     pub fn are_the_guests_too(&self) -> bool {
-        self.iter().all(|(file, _)| ["cpu.", "memory.", "pids."].iter().any(|its| file.starts_with(its)))
+        self.iter().all(|(file, _)| is_the_guests_too(file))
     }
 
     /// Both lists, one after the other.
@@ -58,6 +58,11 @@ impl Limits {
         self.0.retain(|limit| !others.0.contains(limit));
         self
     }
+}
+
+/// Whether the guest holds such a limit by itself.
+pub fn is_the_guests_too(file: &str) -> bool {
+    ["cpu.", "memory.", "pids."].iter().any(|its| file.starts_with(its))
 }
 
 /// The bounds of a new container's host cgroup.

@@ -211,7 +211,6 @@ fn namespaces(spec: &Spec, role: &Role) -> Result<Namespaces> {
             | LinuxNamespaceType::Cgroup
             | LinuxNamespaceType::Time
                 if wanted == Namespace::New => {}
-            LinuxNamespaceType::Cgroup => {}
             kind if wanted == Namespace::New => bail!("linux.namespaces: {} is not supported", word(kind)),
             kind => bail!("linux.namespaces: {} by path is not supported", word(kind)),
         }

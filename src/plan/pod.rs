@@ -11,6 +11,8 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use serde_json::{Map, Value, json};
 
 use super::cgroup::OWN_PARENT;
+use super::host::{Limits, is_the_guests_too};
+use super::vm::Vm;
 use crate::sandbox;
 
 const CONTAINERD: &str = "io.kubernetes.cri.sandbox-";
@@ -65,8 +67,11 @@ pub fn sandbox_of(member: &Spec, id: &str) -> Result<Spec> {
         *namespace = json!({ "type": "pid" });
     }
     let path = linux["cgroupsPath"].as_str().map(|path| beside(path, id));
+    let theirs = &spec["process"];
     let process = json!({
-        "args": ["pause"], "cwd": "/", "user": { "uid": 0, "gid": 0 }, "oomScoreAdj": spec["process"]["oomScoreAdj"],
+        "args": ["pause"], "cwd": "/", "user": { "uid": 0, "gid": 0 }, "oomScoreAdj": theirs["oomScoreAdj"],
+        // Its VMM is the only one that there will be.
+        "apparmorProfile": theirs["apparmorProfile"], "selinuxLabel": theirs["selinuxLabel"],
     });
     serde_json::from_value(json!({
         "ociVersion": spec["ociVersion"], "hostname": spec["hostname"], "annotations": annotations,
@@ -77,6 +82,14 @@ pub fn sandbox_of(member: &Spec, id: &str) -> Result<Spec> {
         },
     }))
     .context("the sandbox's config.json")
+}
+
+/// A line for each thing that a member's config.json asks of the host for its VM, which is its sandbox's.
+pub fn without_effect(vm: &Vm, limits: &Limits) -> Vec<String> {
+    let labels = vm.labels.iter().map(|label| format!("process.{} {:?}", label.module.field(), label.text));
+    let limits = limits.iter().filter(|(file, _)| !is_the_guests_too(file));
+    let limits = limits.map(|(file, value)| format!("linux.resources: {file} {value:?}"));
+    labels.chain(limits).map(|what| format!("{what} is ignored: the VM is the sandbox's")).collect()
 }
 
 /// A cgroup in the same place as a member's, named after the sandbox.
@@ -90,7 +103,9 @@ fn beside(path: &str, id: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::tests::spec;
+    use super::super::vm::Label;
     use super::*;
+    use crate::support::Module;
 
     #[test]
     fn a_sandbox_of_our_own_has_the_pods_namespaces_and_nothing_of_a_container() {
@@ -99,6 +114,7 @@ mod tests {
                 json!({"a3s.box/memory-mib": "300", "io.kubernetes.cri-o.ContainerType": "container"});
             v["mounts"] = json!([{"destination": "/data", "source": "/s", "options": ["bind"]}]);
             v["hooks"] = json!({"prestart": [{"path": "/bin/x"}]});
+            v["process"]["selinuxLabel"] = "x_t".into();
             v["linux"] = json!({
                 "cgroupsPath": "/kubepods/pod1/crio-abc", "resources": {"memory": {"limit": 5}},
                 "namespaces": [{"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "network", "path": "/run/netns/x"}],
@@ -108,6 +124,7 @@ mod tests {
         let value = serde_json::to_value(&sandbox).unwrap();
         assert_eq!(sandbox::role(sandbox.annotations().as_ref().unwrap()).unwrap(), sandbox::Role::Sandbox);
         assert_eq!(value["annotations"]["a3s.box/memory-mib"], "300");
+        assert_eq!(value["process"]["selinuxLabel"], "x_t");
         assert_eq!(value["linux"]["cgroupsPath"], "/kubepods/pod1/a3s-box-s1");
         assert_eq!(
             value["linux"]["namespaces"],
@@ -115,6 +132,18 @@ mod tests {
         );
         assert!(sandbox.mounts().as_ref().is_none_or(Vec::is_empty) && sandbox.hooks().is_none());
         assert_eq!(beside("kubepods-pod1.slice:crio:abc", "s1"), "kubepods-pod1.slice:a3s-box:s1");
+    }
+
+    #[test]
+    fn what_acts_on_the_sandboxs_vm_alone_is_named() {
+        let label = Label { module: Module::SeLinux, text: "x_t".into() };
+        let vm = Vm { labels: vec![label], ..Vm::default() };
+        let limits = Limits::from([("memory.max", "5".into()), ("cpuset.cpus", "0-1".into())]);
+        let expected = [
+            "process.selinuxLabel \"x_t\" is ignored: the VM is the sandbox's",
+            "linux.resources: cpuset.cpus \"0-1\" is ignored: the VM is the sandbox's",
+        ];
+        assert_eq!(without_effect(&vm, &limits), expected);
     }
 
     fn found(list: &[(&str, &str)]) -> Result<(Option<i64>, Option<i64>, Option<u64>)> {

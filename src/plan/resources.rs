@@ -30,7 +30,10 @@ pub fn limits(resources: &LinuxResources) -> Result<Vec<(String, String)>> {
         if !is_size {
             bail!("linux.resources.hugepageLimits: {size:?} is not a page size such as \"2MB\"");
         }
-        set(&format!("hugetlb.{size}.max"), limit.limit().to_string());
+        // config-linux.md: reservations too, where the kernel accounts for them.
+        for what in ["max", "rsvd.max"] {
+            set(&format!("hugetlb.{size}.{what}"), limit.limit().to_string());
+        }
     }
     let mut unified: Vec<_> = resources.unified().iter().flatten().collect();
     unified.sort();
@@ -136,7 +139,10 @@ mod tests {
             (json!({"cpu": {"cpus": "5-7", "mems": "1"}}), &[]),
             (json!({"pids": {"limit": 0}}), &["pids.max=0"]),
             (json!({"pids": {"limit": -1}}), &["pids.max=max"]),
-            (json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4}]}), &["hugetlb.2MB.max=4"]),
+            (
+                json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4}]}),
+                &["hugetlb.2MB.max=4", "hugetlb.2MB.rsvd.max=4"],
+            ),
         ];
         for (resources, expected) in cases {
             assert_eq!(translated(resources.clone()).unwrap(), expected, "{resources}");

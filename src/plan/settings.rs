@@ -17,6 +17,9 @@ use super::vm::{DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY_MIB};
 pub const FILE: &str = "/etc/a3s-box/config.toml";
 /// What the names of annotations that act begin with.
 pub const PREFIX: &str = "a3s.box/";
+/// The annotation of `state` that says in whose VM a container lives. A key of its own would be news to engines that read
+/// `state` into what they know.
+pub const SANDBOX: &str = "a3s.box/sandbox";
 /// What annotations may say unless the configuration decides: nothing that gives the VMM more rights than without
 /// them, or another path.
 const ALLOWED: [&str; 5] = ["memory-mib", "network-mode=none", "network-mode=tap", "nics", "vcpus"];
@@ -103,14 +106,31 @@ pub const KEYS: &[Key] = &[
     Key {
         name: "allowed-annotations",
         about: "Which of the keys above a container may decide for itself by an annotation a3s.box/KEY: names, or \
-                names and one value, as in \"network-mode=tsi\". Any other annotation a3s.box/… is refused. What \
-                gives the VMM more rights (tsi) or another path (libkrunfw) is not allowed unless it is listed here.",
+                names and one value, as in \"network-mode=tsi\". Any other annotation a3s.box/… is ignored with \
+                a warning. What gives the VMM more rights (tsi) or another path (libkrunfw) is not allowed unless it is \
+                listed here.",
         values: "a list of keys that are annotations, or \"KEY=VALUE\"",
         is_annotation: false,
         set: |settings, value| put(&mut settings.allowed_annotations, annotations(value)),
         get: |settings| settings.allowed_annotations.clone().map(Value::from),
     },
 ];
+
+fn acting(name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.is_annotation && key.name == name)
+}
+
+/// A line for each annotation that reads like one of ours and is none: config.md, "Annotations", wants it tolerated.
+pub fn unknown(annotations: &HashMap<String, String>) -> Vec<String> {
+    let acts = |name: &str| acting(name).is_some() || [PREFIX, name].concat() == SANDBOX;
+    let mut names: Vec<_> =
+        annotations.keys().filter(|name| name.strip_prefix(PREFIX).is_some_and(|name| !acts(name))).collect();
+    names.sort();
+    let known: Vec<_> = KEYS.iter().filter(|key| key.is_annotation).map(|key| key.name).collect();
+    let line =
+        |name| format!("annotation {name} is ignored: those that act are {PREFIX}{{{}}}", known.join(", "));
+    names.into_iter().map(line).collect()
+}
 
 /// The table in Markdown, as the README shows it.
 pub fn markdown() -> String {
@@ -202,13 +222,7 @@ impl Settings {
             annotations.iter().filter_map(|(name, text)| Some((name.strip_prefix(PREFIX)?, text))).collect();
         ours.sort();
         for (name, text) in ours {
-            let Some(key) = KEYS.iter().find(|key| key.is_annotation && key.name == name) else {
-                let names = KEYS.iter().filter(|key| key.is_annotation).map(|key| key.name);
-                bail!(
-                    "annotation {PREFIX}{name}: is none of those that act: {PREFIX}{{{}}}",
-                    names.collect::<Vec<_>>().join(", ")
-                )
-            };
+            let Some(key) = acting(name) else { continue };
             if !(key.set)(&mut asked, &typed(text)) {
                 bail!("annotation {PREFIX}{name}: {text:?} is not {}", key.values);
             }
@@ -301,12 +315,22 @@ mod tests {
             ("network-mode", "tsi", "network-mode: \"tsi\" is not allowed on this host"),
             ("network-mode", "auto", "network-mode: \"auto\" is not allowed on this host"),
             ("libkrunfw", "/evil.so", "libkrunfw: \"/evil.so\" is not allowed on this host"),
-            ("allowed-annotations", "libkrunfw", "is none of those that act"),
-            ("memory", "5", "annotation a3s.box/memory: is none of those that act"),
         ] {
             let text = annotated(&host, &format!("a3s.box/{name}"), text).unwrap_err().to_string();
             assert!(text.contains(words), "{text}");
         }
+    }
+
+    #[test]
+    fn an_unknown_one_is_told_and_changes_nothing() {
+        for name in ["memory", "allowed-annotations"] {
+            let one = HashMap::from([(format!("a3s.box/{name}"), "5".to_string())]);
+            assert_eq!(Settings::default().annotated(&one).unwrap(), Settings::default());
+            let lines = unknown(&one);
+            assert!(lines[0].starts_with(&format!("annotation a3s.box/{name} is ignored: ")), "{lines:?}");
+        }
+        let fine = ["a3s.box/vcpus", SANDBOX, "org.example/x"].map(|name| (name.to_string(), String::new()));
+        assert_eq!(unknown(&fine.into()), [""; 0]);
     }
 
     #[test]

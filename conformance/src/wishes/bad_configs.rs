@@ -198,6 +198,11 @@ pub const CONFIGS: &[Bad] = &[
         &["process.ioPriority", "9"],
     ),
     bad(
+        "bad-input/a-unified-key-that-there-is-none-of",
+        |c| c.set("/linux/resources/unified", json!({ "memory.no_such": "max" })),
+        &["linux.resources", "memory.no_such", "no such file"],
+    ),
+    bad(
         "bad-input/a-unified-key-that-climbs",
         |c| c.set("/linux/resources/unified", json!({ "../memory.max": "1" })),
         &["linux.resources.unified", "../memory.max"],

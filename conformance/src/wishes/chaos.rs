@@ -132,6 +132,12 @@ fn kill_any(world: &'static World, id: &str, after: Duration, dice: &mut Dice) -
         process::wait_gone(*pid, Duration::from_secs(2))?;
         let started = world.call(&["start", id])?;
         ensure!(started.code == 0 || started.stderr.lines().count() == 1, "{name}: {:?}", started.stderr);
+        process::eventually("a container that runs takes an exec", Duration::from_secs(5), || {
+            let state = world.call(&["state", id])?;
+            let runs = state.code == 0 && state.text().contains("\"status\": \"running\"");
+            Ok(!runs || world.call(&["exec", id, "true"])?.code == 0)
+        })
+        .context(name.clone())?;
     }
     Ok(())
 }

@@ -69,7 +69,8 @@ const FIELDS: &[Wish<Container>] = &[
     ("resources/every-limit-becomes-the-guests", |container| {
         let files = "cd /sys/fs/cgroup; cat memory.max memory.low pids.max cpu.max cpu.max.burst memory.high";
         container.says(files, "134217728\n67108864\n50\n90000 100000\n1000\n130023424")?;
-        container.says("cat /sys/fs/cgroup/memory.swap.max 2>/dev/null || echo 0", "0")
+        container.says("cat /sys/fs/cgroup/memory.swap.max 2>/dev/null || echo 0", "0")?;
+        container.says("cd /sys/fs/cgroup; cat hugetlb.2MB.max hugetlb.2MB.rsvd.max", "4194304\n4194304")
     }),
 ];
 
@@ -126,6 +127,7 @@ fn full(world: &'static World) -> Result<Container> {
         )
         .set("/linux/resources/pids", json!({ "limit": 50 }))
         .set("/linux/resources/cpu", json!({ "quota": 90_000, "period": 100_000, "burst": 1000 }))
+        .set("/linux/resources/hugepageLimits", json!([{ "pageSize": "2MB", "limit": 4 << 20 }]))
         .set("/linux/resources/unified", json!({ "memory.high": "130023424" }));
     running(world, &config)
 }

@@ -209,6 +209,7 @@ fn refused(world: &'static World) -> Result<()> {
         (json!([network, { "type": "time", "path": mine("time") }]), "time"),
         (json!([network, { "type": "pid", "path": mine("pid") }]), "pid"),
         (json!([network, { "type": "mount", "path": mine("mnt") }]), "mount"),
+        (json!([network, { "type": "cgroup", "path": mine("cgroup") }]), "cgroup"),
         (json!([network, network]), "twice"),
         (json!([network, { "type": "nonsense" }]), "nonsense"),
         (json!([{ "type": "network", "path": "relative" }]), "relative"),

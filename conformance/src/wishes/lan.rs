@@ -127,7 +127,9 @@ pub fn addresses(host: u8) -> String {
     format!(
         "ip addr add {}/24 dev eth0 && ip addr add {}/64 dev eth0 nodad && ip link set eth0 up &&
         ip addr add 10.214.0.{host}/32 dev eth0 && ip route add default via {} &&
-        ip -6 route add default via {} && ip route add 10.215.0.0/16 via 10.216.0.1 dev eth0 onlink metric 7",
+        ip -6 route add default via {} && ip route add 10.215.0.0/16 via 10.216.0.1 dev eth0 onlink metric 7 &&
+        ip route add 10.217.0.0/16 dev eth0 scope link src 10.214.0.{host} &&
+        ip neigh add 10.217.0.9 lladdr 02:00:00:00:00:99 dev eth0 nud permanent",
         four(host),
         six(host),
         four(BRIDGE),

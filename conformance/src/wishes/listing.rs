@@ -1,6 +1,7 @@
 //! What the runtime prints for programs and for people.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -237,7 +238,14 @@ fn check(world: &'static World) -> Result<()> {
     let document: Value =
         serde_json::from_slice(&json.stdout).context("check --format json printed no JSON")?;
     ensure!(document.is_object() || document.is_array(), "{document}");
-    ensure!(!table.stdout.is_empty(), "no table");
+    let rows = document["findings"].as_array().context("findings")?;
+    for name in ["host kernel", "/dev/kvm", "guest kernel", "probe VM", "vsock", "memory"] {
+        let row = rows.iter().find(|row| row["name"] == name).with_context(|| format!("no row {name}"))?;
+        let (ok, found) = (row["ok"].as_bool().context("ok")?, row["found"].as_str().context("found")?);
+        ensure!(ok || !world.is_vm(), "{row}");
+        ensure!(table.text().contains(name) && !found.is_empty(), "{row}");
+        ensure!(ok || row["advice"] != "", "no advice: {row}");
+    }
     same(&table.code, &json.code)?;
     let expected = if world.is_vm() { 0..=0 } else { 0..=1 };
     ensure!(expected.contains(&table.code), "{} {}: {}", table.code, table.stderr, table.text());
@@ -297,17 +305,18 @@ fn spec(world: &'static World) -> Result<()> {
 
 fn empty_list(world: &'static World) -> Result<()> {
     let nothing = world.make_dir("nothing")?;
-    for root in [nothing.clone(), nothing.join("missing")] {
-        let call = |args: &[&str]| {
-            let mut command = std::process::Command::new(&world.runtime);
-            command.arg("--root").arg(&root).args(args);
-            process::run(command, b"", world.patience())
-        };
-        same(&call(&["list", "--format", "json"])?.code(0)?.quiet()?.text(), &"null\n".into())?;
-        same(&call(&["list", "-q"])?.code(0)?.text(), &String::new())?;
-        ensure!(call(&["list"])?.code(0)?.text().starts_with("ID "), "no header");
-    }
-    ensure!(!nothing.join("missing").exists(), "list made its root");
+    let call = |root: &Path, args: &[&str]| {
+        let mut command = std::process::Command::new(&world.runtime);
+        command.arg("--root").arg(root).args(args);
+        process::run(command, b"", world.patience())
+    };
+    same(&call(&nothing, &["list", "--format", "json"])?.code(0)?.quiet()?.text(), &"null\n".into())?;
+    same(&call(&nothing, &["list", "-q"])?.code(0)?.text(), &String::new())?;
+    ensure!(call(&nothing, &["list"])?.code(0)?.text().starts_with("ID "), "no header");
+    let missing = nothing.join("missing");
+    let words = [&*missing.to_string_lossy(), "no such file or directory"];
+    call(&missing, &["list", "-q"])?.code(1)?.one_line(&words)?;
+    ensure!(!missing.exists(), "list made its root");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use super::lan::{A, B, BRIDGE, Lan, MTU, Netns, PLAIN};
-use super::lan::{addresses, bridge, four, listens, on, ping, plug, privileged, six};
+use super::lan::{addresses, bridge, four, listens, on, ping, plug, privileged, six, stand};
 use super::run::same;
 use crate::cases::{At, Case, Wish, sharing, wish};
 use crate::config::Config;
@@ -37,14 +37,18 @@ const SHARED: &[Wish<Lan>] = &[
             let show = format!(
                 "ip {family} route show dev eth0 | grep -v 'proto kernel' | cut -d ' ' -f 1-3 | sort"
             );
-            let own = lan.at_a.run(&show)?;
+            let own = lan.at_a.run(&show)?.replace(" scope link", " dev eth0");
             ensure!(own.contains("default via"), "{own:?}");
             let said = lan.a.sh(&format!("ip {family} route | grep eth0 | cut -d ' ' -f 1-3 | sort"))?;
             for line in own.lines() {
                 ensure!(said.contains(line.trim_end()), "no {line:?} in {said:?}");
             }
         }
-        Ok(())
+        // That it is there at all shows `onlink`: its gateway is on no network.
+        lan.a.says("awk '$2 == \"0000D70A\" { print $1, $3, $7 }' /proc/net/route", "eth0 0100D80A 7")?;
+        let direct = lan.a.sh("ip route get 10.217.0.8")?;
+        ensure!(direct.contains(&format!("src 10.214.0.{A}")) && !direct.contains("via"), "{direct:?}");
+        lan.a.says("awk '$1 == \"10.217.0.9\" { print $3, $4 }' /proc/net/arp", "0x6 02:00:00:00:00:99")
     }),
     ("net/echoes-come-back-in-all-directions", |lan| {
         for host in [BRIDGE, B, PLAIN] {
@@ -211,6 +215,8 @@ pub fn cases() -> Vec<Case> {
     vec![
         sharing(At::Vm, Lan::set_up, SHARED),
         wish(At::Vm, "net/what-is-plugged-before-start-is-found", plugged_late),
+        wish(At::Vm, "net/a-sysctl-of-an-interface-that-never-comes-is-named", never_plugged),
+        wish(At::Vm, "net/interfaces-of-every-kind-at-once", every_kind),
         wish(At::Vm, "net/what-comes-and-goes-later-takes-a-spare-and-gives-it-back", comes_and_goes),
         wish(At::Vm, "net/without-interfaces-there-is-loopback-alone", alone),
         wish(At::Vm, "net/more-interfaces-than-nics-name-the-annotation", too_many),
@@ -260,7 +266,8 @@ while True:
 /// As engines do whose network comes after `create`: into the namespace of the container's pid.
 fn plugged_late(world: &'static World) -> Result<()> {
     let bridge = bridge(world)?;
-    let mut container = Container::create(world, &privileged(Config::idle()))?;
+    let filter = json!({ "net.ipv4.conf.eth0.rp_filter": "2", "net/ipv4/conf/all/log_martians": "1" });
+    let mut container = Container::create(world, &privileged(Config::idle()).set("/linux/sysctl", filter))?;
     let place = format!("/proc/{}/ns/net", container.pid);
     plug(&bridge, &container.pid.to_string(), A)?;
     let mut enter = Command::new("nsenter");
@@ -268,8 +275,44 @@ fn plugged_late(world: &'static World) -> Result<()> {
     process::run(enter, b"", Duration::from_secs(10))?.code(0)?;
     container.start()?;
     container.says("ls /sys/class/net", "eth0\nlo")?;
+    container.says("cd /proc/sys/net/ipv4/conf; cat eth0/rp_filter all/log_martians", "2\n1")?;
     ping(&container, &four(BRIDGE))?;
     ping(&container, &six(BRIDGE))?;
+    container.delete(&["--force"])
+}
+
+fn never_plugged(world: &'static World) -> Result<()> {
+    let filter = json!({ "net.ipv4.conf.eth0.rp_filter": "2" });
+    let mut container = Container::create(world, &Config::idle().set("/linux/sysctl", filter))?;
+    let words = ["linux.sysctl", "net/ipv4/conf/eth0/rp_filter", "no such file or directory"];
+    world.refused(&["start", &container.id], &words)?;
+    same(&container.status()?.as_str(), &"created")?;
+    container.delete(&["--force"])
+}
+
+/// What CNI's bridge, macvlan and ipvlan plugins make, in one namespace.
+fn every_kind(world: &'static World) -> Result<()> {
+    let bridge = bridge(world)?;
+    let netns = stand(world, &bridge, A)?;
+    for (kind, net) in [("macvlan", 220), ("ipvlan", 221)] {
+        let mode = if kind == "macvlan" { "bridge" } else { "l2" };
+        bridge.run(&format!(
+            "ip link add parent{net} type dummy && ip link set parent{net} up &&
+            ip link add peer{net} link parent{net} type {kind} mode {mode} &&
+            ip addr add 10.{net}.0.1/24 dev peer{net} && ip link set peer{net} up &&
+            ip link add net{net} link parent{net} netns {} type {kind} mode {mode}",
+            netns.path()
+        ))?;
+        netns.run(&format!("ip addr add 10.{net}.0.2/24 dev net{net} && ip link set net{net} up"))?;
+    }
+    let mut container = Container::running(world, &on(&netns))?;
+    container.says("ls /sys/class/net", "eth0\nlo\nnet220\nnet221")?;
+    for peer in [four(BRIDGE), "10.220.0.1".into(), "10.221.0.1".into()] {
+        ping(&container, &peer)?;
+    }
+    for net in [220, 221] {
+        bridge.run(&format!("ping -c 1 -W 5 10.{net}.0.2"))?;
+    }
     container.delete(&["--force"])
 }
 

@@ -360,6 +360,7 @@ mod tests {
         round_trip(Request::Processes { container: id() });
         round_trip(Request::Update { container: id(), limits: vec![("pids.max".into(), "5".into())] });
         round_trip(Request::Stats { container: id() });
+        round_trip(Request::Delete { container: id() });
         round_trip(Request::Acknowledge);
     }
 
@@ -377,6 +378,7 @@ mod tests {
         ] {
             round_trip(Reply::Outcome(outcome));
         }
+        round_trip(Reply::OutOfMemory);
         round_trip(Reply::Working);
         round_trip(Reply::Stillborn("why".into()));
         round_trip(Reply::Exited(ExitStatus::Code(42)));

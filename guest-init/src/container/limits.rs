@@ -53,8 +53,10 @@ impl Cgroup {
     fn set(&self, file: &str, value: &str) -> Result<()> {
         match set(self.path.join(file), value) {
             Ok(()) => Ok(()),
-            // What the guest cannot limit has no limit, and a guest without swap keeps every limit of it.
-            Err(Errno::ENOENT) if value.starts_with("max") || file == "memory.swap.max" => Ok(()),
+            // What cannot be limited has no limit, and what the guest has none of keeps every limit: swap, reservations of
+            // huge pages apart from pages.
+            Err(Errno::ENOENT) if value.starts_with("max") && file.ends_with(".max") => Ok(()),
+            Err(Errno::ENOENT) if file == "memory.swap.max" || file.ends_with(".rsvd.max") => Ok(()),
             Err(errno) => bail!("linux.resources: set {file} to {value} in the guest: {}", words(errno)),
         }
     }

@@ -23,10 +23,12 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{Pid, pipe2};
 
 use crate::boot::set;
+use crate::net;
 use crate::process::{Pipes, Side, arrange, become_idle, become_workload, fork, leave, words};
 use crate::shared_memory;
 use crate::sockets::{self, Sockets};
 use crate::stdio::{self, Stdio};
+use crate::sysctl;
 use crate::terminal::{self, Terminal};
 use limits::Cgroup;
 use shared::Shared;
@@ -61,6 +63,8 @@ pub struct Container {
     /// Held until the container is forgotten. If its last process took the namespace along, virtiofs submounts would
     /// go while their files' releases are still under way, and the guest kernel stops at "Busy inodes after unmount".
     mounts: Option<File>,
+    /// Parameters of interfaces, which may come as late as its start.
+    late_sysctls: Vec<sysctl::Parameter>,
     /// What of the host's is mounted in it, where it lies in the exported tree.
     exports: Vec<PathBuf>,
     /// Its user namespace, where it has one.
@@ -98,6 +102,7 @@ pub fn create(spec: &proto::Container, others: &HashMap<String, Container>) -> R
         own_time: spec.time_offsets.is_some(),
         personality: spec.personality,
         mounts: File::open(format!("/proc/{}/ns/mnt", born.pid)).ok(),
+        late_sysctls: sysctl::of_interfaces(&spec.sysctls),
         exports: exports(spec),
         user,
         is_among_others: shared.has_pid(),
@@ -151,11 +156,7 @@ fn build(spec: &proto::Container, cgroup: &Cgroup) -> Result<Option<Terminal>> {
     if let Some(domainname) = &spec.domainname {
         std::fs::write("/proc/sys/kernel/domainname", domainname).context("domainname")?;
     }
-    for (path, value) in &spec.sysctls {
-        if let Err(errno) = set(Path::new("/proc/sys").join(path), value) {
-            bail!("linux.sysctl: set /proc/sys/{} to {value:?}: {}", path.display(), words(errno));
-        }
-    }
+    sysctl::set_present(&spec.sysctls)?;
     if let Some(offsets) = &spec.time_offsets {
         own_time(offsets).context("time namespace")?;
     }
@@ -201,6 +202,9 @@ impl Container {
     /// Opens the gate before execve, once the kernel has asked the host what size files are by now: engines fill /etc/hosts
     /// and others after `create`, which has looked at them, and what it saw would hold for seconds.
     pub fn start(&mut self) -> Result<()> {
+        if !self.late_sysctls.is_empty() {
+            net::inside(self.init, || self.late_sysctls.iter().try_for_each(sysctl::set))?;
+        }
         let gate = self.gate.take().context("the container was started before")?;
         let open = || nix::unistd::write(&gate, b"s").context("open the gate").map(drop);
         if self.exports.is_empty() {
