@@ -26,7 +26,7 @@ use crate::net;
 use crate::plan::Hooks;
 use crate::shortage::is_shortage;
 use crate::vmm;
-pub use process_id::ProcessId;
+pub use process_id::{ProcessId, boot_id};
 
 const STATE: &str = "state.json";
 const LOCK: &str = "lock";
@@ -84,6 +84,9 @@ pub struct Record {
     pub joined: u16,
     /// User that owns it.
     pub owner: u32,
+    /// The boot of the host that it was created in ([`boot_id`]).
+    #[serde(default)]
+    pub boot: String,
 }
 
 /// A place in another container's VM.
@@ -123,6 +126,17 @@ impl fmt::Display for Status {
 }
 
 impl Record {
+    /// As it is in this boot of the host: none of it outlives one, and its pids, its cgroup and its interfaces may be
+    /// others' by now.
+    fn in_boot(mut self, boot: &str) -> Self {
+        if !self.boot.is_empty() && self.boot != boot {
+            self.monitor = self.monitor.map(ProcessId::of_another_boot);
+            self.vm = self.vm.map(ProcessId::of_another_boot);
+            (self.cgroup, self.network) = (Cgroup::default(), None);
+        }
+        self
+    }
+
     /// What the container is at this moment.
     pub fn status(&self) -> Status {
         match self.monitor {
@@ -333,7 +347,11 @@ fn lock(dir: &Path) -> Result<Lock> {
 fn read(dir: &Path) -> Result<Record> {
     let path = dir.join(STATE);
     match fs::read(&path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display())),
+        Ok(bytes) => {
+            let record: Record =
+                serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))?;
+            Ok(record.in_boot(&boot_id().context("the host's boot id")?))
+        }
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             Err(Error::NotFound.into())
         }

@@ -22,7 +22,7 @@ use crate::plan::{self, Hooks, Limits, Plan, Vm, cgroup::Place};
 use crate::pod::{self, Home};
 use crate::relay;
 use crate::sandbox::Absent;
-use crate::store::{Entry, ProcessId, Record, Seat};
+use crate::store::{Entry, ProcessId, Record, Seat, boot_id};
 use crate::terminal::Pty;
 use crate::timeline::{self, Mark, Timeline};
 use crate::userns;
@@ -229,6 +229,7 @@ fn record(id: &str, bundle: &Bundle, vm: &Vm, hooks: Hooks) -> Result<Record> {
         hooks,
         network: None,
         owner: nix::unistd::geteuid().as_raw(),
+        boot: boot_id().context("the host's boot id")?,
     })
 }
 

@@ -46,15 +46,19 @@ fn stream(context: &Context, record: &Record, first: &Counts, interval: Duration
         if vmm::ends_within(ended.as_fd(), wait) {
             break;
         }
+        let is_due = Instant::now() >= due;
+        if is_due {
+            due += interval;
+        }
+        // One that is paused has no numbers until it goes on.
         let Ok(counted) = ask(context, record) else { continue };
         let now = counted.get("memory.events/oom_kill");
         if now > kills {
             write("oom", record, None)?;
         }
         kills = now;
-        if Instant::now() >= due {
+        if is_due {
             write("stats", record, Some(&counted))?;
-            due += interval;
         }
     }
     Ok(0)

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 use super::{Context, state};
 use crate::cli::{self, Format};
 use crate::console;
-use crate::store::{Record, VM_DIR};
+use crate::pod;
+use crate::store::Record;
 
 /// The verb.
 pub fn list(context: &Context, args: &cli::List) -> Result<i32> {
@@ -31,7 +32,7 @@ pub fn list(context: &Context, args: &cli::List) -> Result<i32> {
 /// What `state` prints, and where the guest's console log is: there engines would take that for a field of their own.
 fn document(context: &Context, record: &Record) -> Value {
     let mut document = state::document(record);
-    let path = context.store.path(&record.id).map(|dir| dir.join(VM_DIR).join(console::LOG));
+    let path = context.store.path(&record.id).map(|dir| pod::vm_dir(&dir, record).join(console::LOG));
     if let (Ok(path), Some(fields)) = (path, document.as_object_mut())
         && path.exists()
     {

@@ -28,6 +28,11 @@ impl ProcessId {
         Ok(found.map(|(_, start_time)| ProcessId { pid, start_time }))
     }
 
+    /// The same, of a boot that has ended.
+    pub fn of_another_boot(self) -> Self {
+        ProcessId { start_time: u64::MAX, ..self }
+    }
+
     /// Whether it still runs: a zombie does not. What cannot be looked at is taken for alive, for what is taken for dead
     /// is forgotten.
     pub fn is_alive(self) -> bool {
@@ -48,6 +53,11 @@ impl ProcessId {
         // Looked at behind the descriptor: the number may have become another process's.
         Ok((Self::of(self.pid)? == Some(self)).then_some(pidfd))
     }
+}
+
+/// Which boot of the host this is (random(4)).
+pub fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim_end().to_string())
 }
 
 /// State letter and start time of a process, if there is one.
@@ -77,6 +87,8 @@ mod tests {
         assert!(me.is_alive() && me.open().unwrap().is_some());
         let other = ProcessId { start_time: me.start_time + 1, ..me };
         assert!(!other.is_alive() && other.open().unwrap().is_none());
+        let gone = me.of_another_boot();
+        assert!(!gone.is_alive() && gone.open().unwrap().is_none());
         let nobody = ProcessId { pid: i32::MAX, ..me };
         assert!(!nobody.is_alive() && nobody.open().unwrap().is_none());
     }

@@ -87,14 +87,16 @@ pub fn import(engine: &Engine, name: &str, command: &[&str]) -> Result<()> {
 
 /// `ctr run` of the image in a small VM.
 pub fn run(engine: &Engine, flags: &[&str], id: &str, args: &[&str]) -> Result<Output> {
-    engine.call(&making(engine, flags, id, args))
+    // The systemd cgroup driver wants to be told where.
+    let scope = format!("system.slice:ctr:{id}");
+    let driver = if has_systemd() { &["--runc-systemd-cgroup", "--cgroup", &scope][..] } else { &[] };
+    engine.call(&making(engine, &[driver, flags].concat(), id, args))
 }
 
 fn making<'a>(engine: &'a Engine, flags: &[&'a str], id: &'a str, args: &[&'a str]) -> Vec<&'a str> {
-    let driver = if has_systemd() { &["--runc-systemd-cgroup"][..] } else { &[] };
     let limits = ["--memory-limit", "134217728", "--cpu-quota", "100000", "--cpu-period", "100000"];
     let base = ["run", "--runc-binary", engine.runtime.as_str()];
-    [&base, driver, &limits, flags, &[IMAGE, id], args].concat()
+    [&base, &limits[..], flags, &[IMAGE, id], args].concat()
 }
 
 fn exit_codes(engine: &mut Engine) -> Result<()> {

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -23,6 +24,7 @@ const WISHES: &[Wish<Installed>] = &[
     ("install/docker-finds-the-runtime", docker),
     ("install/podman-finds-the-runtime", podman),
     ("install/containerd-finds-the-handler", containerd),
+    ("install/containerd-1-keeps-what-it-had", containerd_1),
     ("install/uninstall-leaves-nothing", uninstall),
 ];
 
@@ -45,14 +47,22 @@ impl Installed {
         Ok(installed)
     }
 
-    /// The script takes the runtime from where a build leaves it.
     fn script(&self, args: &[&str]) -> Result<()> {
+        self.script_with(args, Path::new("/"), &std::env::var("PATH")?)
+    }
+
+    /// The script takes the runtime from where a build leaves it.
+    fn script_with(&self, args: &[&str], root: &Path, path: &str) -> Result<()> {
         let installer = self.world.installer.as_ref().context("--installer is missing")?;
         let target = self.world.dir.join("target");
         fs::create_dir_all(target.join("release"))?;
         let _ = std::os::unix::fs::symlink(&self.world.runtime, target.join("release").join(NAME));
         let mut script = Command::new(installer);
-        script.args(args).arg("--prefix").arg(&self.prefix).env("CARGO_TARGET_DIR", target);
+        script.args(args).arg("--prefix").arg(&self.prefix);
+        if root != Path::new("/") {
+            script.arg("--root").arg(root);
+        }
+        script.env("CARGO_TARGET_DIR", target).env("PATH", path);
         process::run(script, b"", self.world.patience())?.code(0).map(drop)
     }
 
@@ -173,6 +183,38 @@ fn containerd(installed: &mut Installed) -> Result<()> {
         ensure!(handler.contains(line), "no {line:?} in {handler}");
     }
     Ok(())
+}
+
+/// Its main file gets the handler, for an import would take the place of all that it says of the plugin. containerd 2 reads
+/// that file too.
+fn containerd_1(installed: &mut Installed) -> Result<()> {
+    let world = installed.world;
+    let (root, tools) = (world.make_dir("root")?, world.make_dir("tools")?);
+    fs::write(
+        tools.join("containerd"),
+        "#!/bin/sh\necho containerd github.com/containerd/containerd v1.7.24\n",
+    )?;
+    fs::set_permissions(tools.join("containerd"), fs::Permissions::from_mode(0o755))?;
+    let main = root.join("etc/containerd/config.toml");
+    fs::create_dir_all(main.parent().context("/etc/containerd")?)?;
+    let before = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\ndefault_runtime_name = \"other\"\n\
+                  [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.other]\nruntime_type = \"io.containerd.runc.v2\"\n";
+    fs::write(&main, before)?;
+    let path = format!("{}:{}", tools.display(), std::env::var("PATH")?);
+    let script = |args: &[&str]| installed.script_with(args, &root, &path);
+    for _ in 0..2 {
+        script(&["containerd"])?;
+        let mut dump = Command::new("containerd");
+        dump.arg("--config").arg(&main).args(["config", "dump"]);
+        let settings = process::run(dump, b"", world.patience())?.code(0)?.text();
+        for line in ["runtimes.other]", "default_runtime_name = 'other'", "runtimes.a3s-box.options]"] {
+            ensure!(settings.matches(line).count() == 1, "no {line:?} in {settings}");
+        }
+        let binary = format!("BinaryName = '{}'", installed.binary());
+        ensure!(settings.contains(&binary), "no {binary} in {settings}");
+    }
+    script(&["--uninstall"])?;
+    same(&fs::read_to_string(&main)?.as_str(), &before)
 }
 
 fn uninstall(installed: &mut Installed) -> Result<()> {

@@ -30,7 +30,33 @@ pub fn cases() -> Vec<Case> {
         wish(At::Local, "death/a-hung-containers-pid-can-be-deleted", hung_pid),
         wish(At::Local, "death/of-the-pid-under-run-ends-run", pid_killed_under_run),
         wish(At::Local, "death/of-the-vmm-before-start", vmm_killed_created),
+        wish(At::Local, "death/of-the-host-leaves-what-delete-forgets", host_died),
     ]
+}
+
+/// A state directory that outlives the host's boot names pids and cgroups that are others' by now.
+fn host_died(world: &'static World) -> Result<()> {
+    let container = Container::running(world, &Config::idle())?;
+    let other = world.make_dir("after")?;
+    let (from, to) = (world.root.join(&container.id), other.join(&container.id));
+    fs::create_dir(&to)?;
+    for entry in fs::read_dir(&from)?.flatten().filter(|entry| entry.path().is_file()) {
+        fs::copy(entry.path(), to.join(entry.file_name()))?;
+    }
+    let path = to.join("state.json");
+    let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
+    ensure!(record["boot"].as_str().is_some_and(|boot| boot.len() == 36), "{record}");
+    record["boot"] = "another".into();
+    fs::write(&path, record.to_string())?;
+    let call = |args: &[&str]| {
+        let mut command = std::process::Command::new(&world.runtime);
+        command.arg("--root").arg(&other).args(args).arg(&container.id);
+        process::run(command, b"", world.patience())?.code(0)
+    };
+    ensure!(call(&["state"])?.text().contains("\"status\": \"stopped\""), "it claims to run");
+    call(&["delete", "--force"])?;
+    ensure!(!to.exists(), "its directory is left");
+    container.says("echo alive", "alive")
 }
 
 /// The VMM's pid: the container's child by that name.

@@ -8,8 +8,16 @@ use super::run::same;
 use crate::cases::{At, Case, Wish, sharing, wish};
 use crate::config::Config;
 use crate::container::Container;
-use crate::process::eventually;
+use crate::process::{self, eventually};
 use crate::world::World;
+
+/// Processor time of a process, in ticks of 10 ms.
+fn ticks(pid: i32) -> Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+    let number = |index: usize| -> Result<u64> { Ok(fields.get(index).context("stat")?.parse()?) };
+    Ok(number(11)? + number(12)?)
+}
 
 /// Wishes that share a container.
 const WISHES: &[Wish<Container>] = &[
@@ -44,6 +52,23 @@ const WISHES: &[Wish<Container>] = &[
             listed.lines().find(|line| line.starts_with(id.as_str())).context("not listed")?.to_string();
         ensure!(line.contains("paused"), "{line}");
         Ok(())
+    }),
+    ("pause/events-wait-without-work", |container| {
+        let world = container.world;
+        world.call(&["resume", &container.id])?;
+        let mut events = process::start(
+            world.command(&["events", "--interval", "200ms", &container.id]),
+            true,
+            world.patience(),
+        )?;
+        events.read_until("\"stats\"")?;
+        pause(container)?;
+        std::thread::sleep(Duration::from_millis(500));
+        let before = ticks(events.pid())?;
+        std::thread::sleep(Duration::from_secs(2));
+        let used = ticks(events.pid())? - before;
+        ensure!(used < 100, "{used} ticks of 200 while it had nothing to do");
+        world.ok(&["resume", &container.id]).map(drop)
     }),
     ("resume/it-goes-on-where-it-was", |container| {
         pause(container)?;

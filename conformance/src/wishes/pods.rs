@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::death::vmm;
 use super::mount_options::HostMounts;
@@ -21,6 +21,7 @@ use crate::world::World;
 
 const SHARED: &[Wish<Pod>] = &[
     ("pods/containers-share-kernel-name-and-shared-memory", share_kernel),
+    ("pods/list-names-the-console-log-of-each", consoles),
     ("pods/containers-talk-over-localhost", share_localhost),
     ("pods/containers-keep-files-and-processes-to-themselves", keep_apart),
     ("pods/a-container-exits-by-itself-and-starts-again", restart),
@@ -44,6 +45,22 @@ pub fn cases() -> Vec<Case> {
         wish(At::Both, "pods/the-sandbox-ends-by-sigterm-and-all-is-deleted", sandbox_ends),
         wish(At::Both, "pods/a-killed-vmm-ends-all-and-all-is-deleted", vmm_killed),
     ]
+}
+
+/// Which is that of their VM.
+fn consoles(pod: &mut Pod) -> Result<()> {
+    let listed: Vec<Value> = serde_json::from_str(&pod.world().ok(&["list", "--format", "json"])?.text())?;
+    let log = |container: &Container| {
+        let own = listed.iter().find(|one| one["id"] == container.id.as_str());
+        own.and_then(|one| Some(PathBuf::from(one["console-log"].as_str()?)))
+    };
+    let path = log(&pod.sandbox).context("the sandbox has none")?;
+    ensure!(path.is_file(), "{} is none", path.display());
+    for member in [&pod.one, &pod.two] {
+        let of_member = log(member).context("a member has none")?;
+        same(&of_member.canonicalize()?, &path.canonicalize()?)?;
+    }
+    Ok(())
 }
 
 /// A sandbox and two containers.
