@@ -350,7 +350,7 @@ fn read(dir: &Path) -> Result<Record> {
         Ok(bytes) => {
             let record: Record =
                 serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))?;
-            Ok(record.in_boot(&boot_id().context("the host's boot id")?))
+            Ok(record.in_boot(boot_id().context("the host's boot id")?))
         }
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             Err(Error::NotFound.into())

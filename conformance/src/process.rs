@@ -372,9 +372,7 @@ pub fn eventually(what: &str, limit: Duration, mut check: impl FnMut() -> Result
 
 /// Whether a process runs: a zombie does not.
 pub fn is_alive(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+    stat(pid).is_some_and(|fields| !["Z", "X"].contains(&&*fields[0]))
 }
 
 /// Whether a process is a child of this one, by birth or by adoption.
@@ -384,8 +382,20 @@ pub fn is_child(pid: i32) -> bool {
 
 /// Pid of a process's parent.
 pub fn parent(pid: i32) -> Option<i32> {
+    stat(pid)?.get(1)?.parse().ok()
+}
+
+/// Processor time that a process has used, in ticks of 10 ms.
+pub fn ticks(pid: i32) -> Option<u64> {
+    let fields = stat(pid)?;
+    let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
+    Some(number(11)? + number(12)?)
+}
+
+/// What /proc/PID/stat says behind the program's name, the state first.
+fn stat(pid: i32) -> Option<Vec<String>> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    Some(stat.rsplit_once(") ")?.1.split(' ').map(str::to_string).collect())
 }
 
 /// Waits until a process no longer runs.

@@ -154,6 +154,13 @@ impl World {
         process::run(self.command(args), b"", self.patience())
     }
 
+    /// The same for another directory of state.
+    pub fn call_at<S: AsRef<std::ffi::OsStr>>(&self, root: &Path, args: &[S]) -> Result<Output> {
+        let mut command = Command::new(&self.runtime);
+        command.arg("--root").arg(root).args(args);
+        process::run(command, b"", self.patience())
+    }
+
     /// Starts a command of the runtime.
     pub fn start<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Result<Running> {
         process::start(self.command(args), true, self.patience())

@@ -139,20 +139,20 @@ fn firmware(path: Option<&Path>) -> Finding {
 }
 
 fn boots(hopeful: bool, wait: Duration, libkrunfw: Option<PathBuf>) -> [Finding; 2] {
-    let rows = |(vm, vm_advice): (Result<String>, &str), (vsock, vsock_advice): (Result<String>, &str)| {
-        [finding("probe VM", true, vm, vm_advice), finding("vsock", true, vsock, vsock_advice)]
-    };
-    let untried = || Err(anyhow!("not tried: see above"));
+    let untried = |name, advice| finding(name, true, Err(anyhow!("not tried: see above")), advice);
     if !hopeful {
         let advice = "it boots the guest kernel once what stands above is in order";
-        return rows((untried(), advice), (untried(), advice));
+        return ["probe VM", "vsock"].map(|name| untried(name, advice));
     }
     let advice = "the guest kernel does not come up on this host's KVM: it may be nested without hardware support, or emulated; try bare metal, or a host with nested virtualization";
     match probe(wait, libkrunfw) {
-        Err(error) => rows((Err(error), advice), (untried(), "it is tried with the probe VM")),
-        Ok((vm, vsock)) => {
-            rows((Ok(vm), ""), (vsock, "a guest kernel without virtio vsock: take libkrunfw's own"))
+        Err(error) => {
+            [finding("probe VM", true, Err(error), advice), untried("vsock", "it is tried with the probe VM")]
         }
+        Ok((vm, vsock)) => [
+            finding("probe VM", true, Ok(vm), ""),
+            finding("vsock", true, vsock, "a guest kernel without virtio vsock: take libkrunfw's own"),
+        ],
     }
 }
 

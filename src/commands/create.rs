@@ -229,7 +229,7 @@ fn record(id: &str, bundle: &Bundle, vm: &Vm, hooks: Hooks) -> Result<Record> {
         hooks,
         network: None,
         owner: nix::unistd::geteuid().as_raw(),
-        boot: boot_id().context("the host's boot id")?,
+        boot: boot_id().context("the host's boot id")?.to_string(),
     })
 }
 

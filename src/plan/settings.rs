@@ -122,9 +122,8 @@ fn acting(name: &str) -> Option<&'static Key> {
 
 /// A line for each annotation that reads like one of ours and is none: config.md, "Annotations", wants it tolerated.
 pub fn unknown(annotations: &HashMap<String, String>) -> Vec<String> {
-    let acts = |name: &str| acting(name).is_some() || [PREFIX, name].concat() == SANDBOX;
-    let mut names: Vec<_> =
-        annotations.keys().filter(|name| name.strip_prefix(PREFIX).is_some_and(|name| !acts(name))).collect();
+    let is_idle = |name: &&String| name.strip_prefix(PREFIX).is_some_and(|key| acting(key).is_none());
+    let mut names: Vec<_> = annotations.keys().filter(is_idle).filter(|name| *name != SANDBOX).collect();
     names.sort();
     let known: Vec<_> = KEYS.iter().filter(|key| key.is_annotation).map(|key| key.name).collect();
     let line =

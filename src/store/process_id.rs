@@ -5,6 +5,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -55,9 +56,14 @@ impl ProcessId {
     }
 }
 
-/// Which boot of the host this is (random(4)).
-pub fn boot_id() -> io::Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim_end().to_string())
+/// Which boot of the host this is (random(4)): looked at once, for every record is compared with it.
+pub fn boot_id() -> io::Result<&'static str> {
+    static KNOWN: OnceLock<String> = OnceLock::new();
+    if let Some(known) = KNOWN.get() {
+        return Ok(known);
+    }
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    Ok(KNOWN.get_or_init(|| text.trim_end().to_string()))
 }
 
 /// State letter and start time of a process, if there is one.

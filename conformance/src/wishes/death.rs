@@ -48,13 +48,9 @@ fn host_died(world: &'static World) -> Result<()> {
     ensure!(record["boot"].as_str().is_some_and(|boot| boot.len() == 36), "{record}");
     record["boot"] = "another".into();
     fs::write(&path, record.to_string())?;
-    let call = |args: &[&str]| {
-        let mut command = std::process::Command::new(&world.runtime);
-        command.arg("--root").arg(&other).args(args).arg(&container.id);
-        process::run(command, b"", world.patience())?.code(0)
-    };
-    ensure!(call(&["state"])?.text().contains("\"status\": \"stopped\""), "it claims to run");
-    call(&["delete", "--force"])?;
+    let call = |args: &[&str]| world.call_at(&other, args)?.code(0);
+    ensure!(call(&["state", &container.id])?.text().contains("\"status\": \"stopped\""), "it claims to run");
+    call(&["delete", "--force", &container.id])?;
     ensure!(!to.exists(), "its directory is left");
     container.says("echo alive", "alive")
 }

@@ -1,7 +1,6 @@
 //! What the runtime prints for programs and for people.
 
 use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -305,17 +304,13 @@ fn spec(world: &'static World) -> Result<()> {
 
 fn empty_list(world: &'static World) -> Result<()> {
     let nothing = world.make_dir("nothing")?;
-    let call = |root: &Path, args: &[&str]| {
-        let mut command = std::process::Command::new(&world.runtime);
-        command.arg("--root").arg(root).args(args);
-        process::run(command, b"", world.patience())
-    };
-    same(&call(&nothing, &["list", "--format", "json"])?.code(0)?.quiet()?.text(), &"null\n".into())?;
-    same(&call(&nothing, &["list", "-q"])?.code(0)?.text(), &String::new())?;
-    ensure!(call(&nothing, &["list"])?.code(0)?.text().starts_with("ID "), "no header");
+    let call = |args: &[&str]| world.call_at(&nothing, args)?.code(0);
+    same(&call(&["list", "--format", "json"])?.quiet()?.text(), &"null\n".into())?;
+    same(&call(&["list", "-q"])?.text(), &String::new())?;
+    ensure!(call(&["list"])?.text().starts_with("ID "), "no header");
     let missing = nothing.join("missing");
     let words = [&*missing.to_string_lossy(), "no such file or directory"];
-    call(&missing, &["list", "-q"])?.code(1)?.one_line(&words)?;
+    world.call_at(&missing, &["list", "-q"])?.code(1)?.one_line(&words)?;
     ensure!(!missing.exists(), "list made its root");
     Ok(())
 }

@@ -8,16 +8,8 @@ use super::run::same;
 use crate::cases::{At, Case, Wish, sharing, wish};
 use crate::config::Config;
 use crate::container::Container;
-use crate::process::{self, eventually};
+use crate::process::{eventually, ticks};
 use crate::world::World;
-
-/// Processor time of a process, in ticks of 10 ms.
-fn ticks(pid: i32) -> Result<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-    let number = |index: usize| -> Result<u64> { Ok(fields.get(index).context("stat")?.parse()?) };
-    Ok(number(11)? + number(12)?)
-}
 
 /// Wishes that share a container.
 const WISHES: &[Wish<Container>] = &[
@@ -56,17 +48,13 @@ const WISHES: &[Wish<Container>] = &[
     ("pause/events-wait-without-work", |container| {
         let world = container.world;
         world.call(&["resume", &container.id])?;
-        let mut events = process::start(
-            world.command(&["events", "--interval", "200ms", &container.id]),
-            true,
-            world.patience(),
-        )?;
+        let mut events = world.start(&["events", "--interval", "200ms", &container.id])?;
         events.read_until("\"stats\"")?;
         pause(container)?;
         std::thread::sleep(Duration::from_millis(500));
-        let before = ticks(events.pid())?;
+        let before = ticks(events.pid()).context("its time")?;
         std::thread::sleep(Duration::from_secs(2));
-        let used = ticks(events.pid())? - before;
+        let used = ticks(events.pid()).context("its time")? - before;
         ensure!(used < 100, "{used} ticks of 200 while it had nothing to do");
         world.ok(&["resume", &container.id]).map(drop)
     }),
